@@ -1,0 +1,147 @@
+"""Owns the DeepSpeed engine: full-precision parameters, their gradients over ranks, their optimizer and its checkpoint.
+
+The only module that imports deepspeed. Refuses binary weights: bits are buffers that DeepSpeed never sees as parameters,
+because it would keep a 4-byte master copy of each, which is a latent weight.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import distributed_c10d
+
+from kbop_core.shard import Gang
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What DeepSpeed is told.
+
+    Attributes:
+        micro_batch: windows a rank handles in one micro-step.
+        micro_steps: micro-steps accumulated into one step.
+        zero_stage: 0, 1 or 2: what of the full-precision side is sharded over ranks.
+        bf16: parameters and activations in bfloat16 (GPUs); float32 otherwise.
+        clip: largest norm of the full-precision gradients of a step; 0 turns it off.
+    """
+
+    micro_batch: int
+    micro_steps: int
+    zero_stage: int = 1
+    bf16: bool = False
+    clip: float = 1.0
+
+    def to_deepspeed(self) -> dict[str, Any]:
+        """The engine's configuration file as a dictionary."""
+        return {
+            "train_micro_batch_size_per_gpu": self.micro_batch,
+            "gradient_accumulation_steps": self.micro_steps,
+            "gradient_clipping": self.clip,
+            "zero_optimization": {"stage": self.zero_stage},
+            "bf16": {"enabled": self.bf16},
+            "steps_per_print": 10**9,
+        }
+
+
+@contextmanager
+def gang_of_ranks(device: str, timeout_s: float) -> Iterator[Gang]:
+    """Join the ranks named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; leave them at the end of the block.
+
+    Args:
+        device: "cpu" (gloo) or "cuda" (NCCL).
+        timeout_s: after which a collective that hangs is an error, seconds.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if device == "cpu":
+        # Its first use compiles C++ for minutes and leaks shared memory; gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    deepspeed.init_distributed(
+        dist_backend={"cpu": "gloo", "cuda": "nccl"}[device], timeout=timedelta(seconds=timeout_s), verbose=False
+    )
+    _limit_collectives(timeout_s)
+    try:
+        yield Gang(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+
+
+def barrier(gang: Gang) -> None:
+    """Wait for every rank."""
+    if gang.size > 1:
+        dist.barrier(group=gang.group)
+
+
+def _limit_collectives(timeout_s: float) -> None:
+    """Give every process group our timeout: DeepSpeed makes its own with half an hour."""
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+
+class Engine:
+    """The full-precision side of one training run.
+
+    Args:
+        model: the student; its parameters that require gradients are trained.
+        groups: AdamW parameter groups with a learning rate each, in the order `set_learning_rates` takes them.
+        config: see EngineConfig.
+        timeout_s: of the collectives of groups that DeepSpeed makes, seconds.
+    """
+
+    def __init__(
+        self, model: nn.Module, groups: Sequence[dict[str, Any]], config: EngineConfig, timeout_s: float
+    ) -> None:
+        optimizer = torch.optim.AdamW(list(groups), betas=(0.9, 0.95), weight_decay=0.0)
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config.to_deepspeed(), dist_init_required=False
+        )
+        _limit_collectives(timeout_s)
+
+    def __call__(self, ids_BT: Tensor) -> Tensor:
+        """The student's logits (B, T, V)."""
+        logits: Tensor = self._engine(input_ids=ids_BT, use_cache=False).logits
+        return logits
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of one micro-step; the loss is divided by the number of micro-steps first."""
+        self._engine.backward(loss)
+
+    def step(self) -> None:
+        """End a micro-step: at the last one of a step, update the parameters and forget the gradients."""
+        self._engine.step()
+
+    def set_learning_rates(self, rates: Sequence[float]) -> None:
+        """One rate per parameter group, for the coming step."""
+        for group, rate in zip(self._engine.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def save(self, folder: Path) -> None:
+        """Write parameters and optimizer into `folder`, every rank its own files; nothing marks it as complete."""
+        self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Take back what the same number of ranks saved.
+
+        Raises:
+            ValueError: nothing there to load.
+        """
+        path, _ = self._engine.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
+        if path is None:
+            raise ValueError(f"{folder} holds no engine state")
+
+    def close(self) -> None:
+        """Let go of DeepSpeed's hooks and buffers."""
+        self._engine.destroy()

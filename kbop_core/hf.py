@@ -1,0 +1,153 @@
+"""Owns the contact with transformers: loading models and tokenizers, and the plugin that loads packed checkpoints.
+
+Refuses remote code and pickled weights, always. The only module that imports transformers.
+
+`import kbop_core` registers the quantization method "kbop", after which `AutoModelForCausalLM.from_pretrained(folder)`
+loads a packed checkpoint as any other. Without the plugin transformers fails loudly, because the packed tensor
+is called `weight` and has another shape.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from kbop_core.convert import binary_layers, insert_empty
+from kbop_core.errors import BadCheckpoint, ModelError
+
+QUANT_METHOD = "kbop"
+#: Versions of the packed format this code reads; the first of them is what it writes.
+FORMAT_VERSIONS = (1,)
+
+
+class KbopConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is not typed strictly
+    """`quantization_config` of a packed checkpoint.
+
+    Attributes:
+        format_version: version of the packed format.
+        group_size: weights of a row that share a scale; a width it does not divide has one scale per row.
+        modules: names of the binary layers.
+    """
+
+    def __init__(
+        self, format_version: int = FORMAT_VERSIONS[0], group_size: int = 128, modules: tuple[str, ...] = (), **_: Any
+    ) -> None:
+        self.quant_method = QUANT_METHOD
+        self.format_version, self.group_size, self.modules = format_version, group_size, list(modules)
+        if format_version not in FORMAT_VERSIONS:
+            raise BadCheckpoint(
+                f"packed format version {format_version}; this code reads {', '.join(map(str, FORMAT_VERSIONS))}",
+                "upgrade kbop",
+            )
+
+
+class KbopQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts empty binary layers into the model that transformers is about to fill."""
+
+    requires_calibration = True  # signs come from training; from_pretrained cannot make them
+    required_packages: list[str] = []
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        insert_empty(model, self.quantization_config.modules, self.quantization_config.group_size)
+        return model
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Bits stay bytes; scales keep the buffer's float16."""
+        return super().get_new_dtype(converter, param, dtype)
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        for name, layer in binary_layers(model).items():
+            dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device=layer.weight.device)
+            dense.weight = nn.Parameter(layer.dense(dtype or torch.float32), requires_grad=False)
+            if layer.bias is not None:
+                dense.bias = layer.bias
+            model.set_submodule(name, dense)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def register() -> None:
+    """Make transformers know "kbop"; doing it twice does nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(KbopConfig)
+        register_quantizer(QUANT_METHOD)(KbopQuantizer)
+
+
+def load_model(location: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A causal language model in eval mode without gradients, from a folder or the hub.
+
+    Args:
+        location: folder, or hub id.
+        revision: of the hub repository.
+        dtype: of the floating-point weights.
+
+    Raises:
+        ModelError: anything transformers refuses, with its words.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            location, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    except BadCheckpoint:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(
+            f"cannot load {location}: {error}", "give a decoder-only model that transformers loads from safetensors"
+        ) from error
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(location: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        ModelError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"no tokenizer at {location}: {error}", "add tokenizer.json to the model's folder") from error
+
+
+def context_length(model: PreTrainedModel, most: int = 2048) -> int:
+    """The model's own context in tokens, at most `most`."""
+    return min(int(getattr(model.config, "max_position_embeddings", most)), most)
+
+
+def source_dtype(model: PreTrainedModel, location: str, revision: str | None = None) -> torch.dtype:
+    """The dtype a model's weights have in its own files, as its config says; what it was loaded with otherwise."""
+    stated = getattr(AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False), "dtype", None)
+    stated = getattr(torch, stated, None) if isinstance(stated, str) else stated
+    return stated if isinstance(stated, torch.dtype) else model.dtype
+
+
+def save_metadata(source: str, revision: str | None, folder: Path, quantization: KbopConfig) -> None:
+    """Write config.json with the quantization entry, generation config and tokenizer of `source` into `folder`."""
+    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    config.quantization_config = quantization.to_dict()
+    rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        config.rope_theta = rope["rope_theta"]  # some loaders know only the older of the two names
+    config.save_pretrained(folder)
+    load_tokenizer(source, revision).save_pretrained(folder)
+
+
+def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int) -> str:
+    """Greedy continuation of a prompt, prompt included."""
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+    with torch.no_grad():
+        out = model.generate(ids, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id or 0)
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))

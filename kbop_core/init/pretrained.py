@@ -1,0 +1,142 @@
+"""Owns BNN Init from pretrained weights: walks the blocks and fits each layer to the inputs it will really see.
+
+Refuses to know the fit itself (fit.py). Blocks are visited in forward order, and inside a block the layers in the order
+they run, so that each is calibrated on activations of the already binary prefix and later layers make up for earlier
+errors. Layers that read the same tensor (q, k, v; gate, up) share one H.
+
+Ranks share the work: each measures H on its own windows, one all-reduce adds them, each fits its own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kbop_core.convert import BinaryEntry, ConversionPlan, linear_weight, to_binary
+from kbop_core.init.fit import FitEffort, fit_layer
+from kbop_core.shard import Gang
+
+#: Called after each layer with (layers done, layers in all).
+Progress = Callable[[int, int], None]
+#: Arguments of one call of a block.
+BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the block whose inputs were wanted."""
+
+
+@torch.no_grad()
+def pretrained_init(
+    model: nn.Module,
+    plan: ConversionPlan,
+    batches: Sequence[Tensor],
+    effort: FitEffort | None = None,
+    gang: Gang | None = None,
+    progress: Progress = lambda done, total: None,
+) -> None:
+    """Replace every layer of the plan by a fitted binary one, in place.
+
+    Args:
+        model: the pretrained model, in eval mode; its linear layers are consumed.
+        plan: from plan_conversion(model).
+        batches: this rank's calibration windows, int64 (B, T) each; at least one rank must have one.
+        effort: how long to fit each layer.
+        gang: the ranks; all must call, with equal weights.
+        progress: told after each layer.
+    """
+    gang, effort, done = gang or Gang(), effort or FitEffort(), 0
+    for block in plan.blocks:
+        entries = {e.name: e for e in plan.binary if e.name.startswith(block + ".")}
+        if not entries:
+            continue
+        calls = [_block_call(model, block, batch) for batch in batches]
+        for stage in _stages(model, block, entries, calls):
+            moment = _input_moment(model, block, stage[0], calls, gang)
+            for entry in stage:
+                _fit_entry(model, entry, plan.group_size, moment, effort, gang)
+                done += 1
+                progress(done, len(plan.binary))
+
+
+def _block_call(model: nn.Module, block: str, batch: Tensor) -> BlockCall:
+    """What the model hands to a block for this batch: everything before it runs, nothing after."""
+    caught: list[BlockCall] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught.append((args, kwargs))
+        raise _Reached
+
+    handle = model.get_submodule(block).register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model(input_ids=batch, use_cache=False)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+@contextmanager
+def _seen_inputs(model: nn.Module, names: Sequence[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, args: see(name, args[0])
+
+    handles = [model.get_submodule(n).register_forward_pre_hook(hook(n)) for n in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _stages(
+    model: nn.Module, block: str, entries: dict[str, BinaryEntry], calls: Sequence[BlockCall]
+) -> list[list[BinaryEntry]]:
+    """The block's layers in the order they run, those that read one tensor together; layers never run come last, alone."""
+    order: list[tuple[str, Tensor]] = []
+    with _seen_inputs(model, list(entries), lambda name, x: order.append((name, x))):
+        for args, kwargs in calls[:1]:
+            model.get_submodule(block)(*args, **kwargs)
+    stages: list[list[BinaryEntry]] = []
+    for i, (name, x) in enumerate(order):
+        if i and order[i - 1][1] is x:
+            stages[-1].append(entries[name])
+        else:
+            stages.append([entries[name]])
+    seen = {name for name, _ in order}
+    return stages + [[e] for name, e in entries.items() if name not in seen]
+
+
+def _input_moment(model: nn.Module, block: str, entry: BinaryEntry, calls: Sequence[BlockCall], gang: Gang) -> Tensor:
+    """H = Σ x xᵀ of a layer's inputs over all ranks' windows, (I, I) float32, divided by its mean diagonal."""
+    width = entry.in_features
+    device = linear_weight(model.get_submodule(entry.name)).device
+    moment = torch.zeros(width, width, device=device)
+
+    def add(_: str, x: Tensor) -> None:
+        rows = x.reshape(-1, width).float()
+        moment.addmm_(rows.t(), rows)
+
+    with _seen_inputs(model, [entry.name], add):
+        for args, kwargs in calls:
+            model.get_submodule(block)(*args, **kwargs)
+    gang.sum(moment)
+    level = moment.diagonal().mean()
+    return moment / level if level > 0 else moment
+
+
+def _fit_entry(
+    model: nn.Module, entry: BinaryEntry, group_size: int, moment: Tensor, effort: FitEffort, gang: Gang
+) -> None:
+    weight_OI = linear_weight(model.get_submodule(entry.name)).detach().float()
+    mine = gang.rows(entry.out_features)
+    signs, scales = fit_layer(weight_OI[mine], moment, entry.groups, effort)
+    layer = to_binary(model, entry, group_size, trainable=True)
+    whole_signs, whole_scales = gang.gather_rows([signs, scales], [entry.out_features] * 2)
+    layer.set_signs(whole_signs)
+    layer.weight_scale.copy_(whole_scales)

@@ -1,0 +1,192 @@
+"""Owns the training loop: micro-steps, finite check, flips, step. Yields what happened; prints and times nothing.
+
+    for metrics in train(run, range(start, steps)): …
+
+One step, on every rank:
+    for each micro-step:  KL to the teacher → finite on all ranks? → backward (gradients of signs leave for their owners)
+    KBOP flips signs → AdamW moves scales and the other full-precision parameters
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from kbop_core.convert import binary_layers
+from kbop_core.distill import distillation_loss, teacher_logits
+from kbop_core.engine import Engine, EngineConfig
+from kbop_core.errors import NonFiniteLoss
+from kbop_core.kbop import KBOP, FlipSchedule, warmup_cosine
+from kbop_core.shard import Gang
+from kbop_core.text import WindowOrder
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """How the windows of one step are dealt to ranks and micro-steps. The same windows for any number of ranks.
+
+    Attributes:
+        context: tokens in a window.
+        windows: windows in a step, all ranks; a multiple of ranks · micro_batch.
+        ranks: N.
+        micro_batch: windows of a rank in one micro-step.
+    """
+
+    context: int
+    windows: int
+    ranks: int
+    micro_batch: int
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-steps in a step."""
+        return self.windows // (self.ranks * self.micro_batch)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in a step, all ranks."""
+        return self.windows * self.context
+
+    def places(self, step: int, micro_step: int, rank: int) -> range:
+        """Places of a rank's windows in the endless training order."""
+        start = step * self.windows + (micro_step * self.ranks + rank) * self.micro_batch
+        return range(start, start + self.micro_batch)
+
+
+def layout_steps(batch_tokens: int, context: int, ranks: int, max_micro_batch: int) -> StepLayout:
+    """The layout nearest to `batch_tokens` tokens a step, rounded up to whole windows on every rank."""
+    per_rank = max(1, round(batch_tokens / (context * ranks)))
+    micro_batch = max(d for d in range(1, min(per_rank, max_micro_batch) + 1) if per_rank % d == 0)
+    return StepLayout(context, per_rank * ranks, ranks, micro_batch)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The numbers of a run; where each default comes from is said in docs/quality.md.
+
+    Attributes:
+        steps: optimizer steps, ≥ 1.
+        flip_rate: peak share of each layer's signs flipped in a step, 0 … 0.5.
+        momentum: decay of the evidence, 0 ≤ β < 1.
+        scale_lr: peak AdamW learning rate of scales.
+        other_lr: peak AdamW learning rate of norms, biases, embeddings and head.
+        warmup: share of the steps in which all rates rise, 0 … 1.
+        seed: of the window order.
+        zero_stage: DeepSpeed ZeRO stage of the full-precision side.
+        timeout_s: of collectives, seconds.
+    """
+
+    steps: int
+    flip_rate: float = 4e-3
+    momentum: float = 0.98
+    scale_lr: float = 3e-3
+    other_lr: float = 1e-3
+    warmup: float = 0.05
+    seed: int = 0
+    zero_stage: int = 1
+    timeout_s: float = 600.0
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps in which all rates rise."""
+        return max(1, math.ceil(self.warmup * self.steps))
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one step did, equal on all ranks.
+
+    Attributes:
+        step: number of the step, from 0.
+        loss: mean KL to the teacher over the step's windows, nats per token, before the update.
+        flip_rate: share of all binary weights flipped.
+        flips: flips per layer.
+    """
+
+    step: int
+    loss: float
+    flip_rate: float
+    flips: Mapping[str, int]
+
+
+@dataclass
+class Run:
+    """Everything one training run holds. Make it with `start_run`."""
+
+    config: TrainConfig
+    layout: StepLayout
+    gang: Gang
+    teacher: nn.Module
+    engine: Engine
+    kbop: KBOP
+    windows_NT: Tensor
+    device: torch.device
+    order: WindowOrder = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.order = WindowOrder(len(self.windows_NT), self.config.seed)
+
+    def batch(self, step: int, micro_step: int) -> Tensor:
+        """This rank's windows of a micro-step, int64 (B, T), on the device."""
+        places = self.layout.places(step, micro_step, self.gang.rank)
+        rows = torch.tensor(list(self.order.indices(places.start, places.stop)))
+        return self.windows_NT[rows].to(self.device)
+
+
+def start_run(
+    student: nn.Module, teacher: nn.Module, windows_NT: Tensor, config: TrainConfig, layout: StepLayout, gang: Gang
+) -> Run:
+    """Put a binary student's full-precision side into DeepSpeed and its signs under KBOP.
+
+    Args:
+        student: with BinaryLinear layers (trainable); every floating-point parameter of it will train.
+        teacher: same vocabulary, no gradients; same device.
+        windows_NT: training windows on the CPU, int64 (N, T).
+    """
+    device = next(student.parameters()).device
+    student.train().requires_grad_(True)
+    scales = [p for n, p in student.named_parameters() if n.endswith(".weight_scale")]
+    others = [p for n, p in student.named_parameters() if not n.endswith(".weight_scale")]
+    groups = [{"params": scales, "lr": config.scale_lr}, {"params": others, "lr": config.other_lr}]
+    engine_config = EngineConfig(layout.micro_batch, layout.micro_steps, config.zero_stage, bf16=device.type == "cuda")
+    engine = Engine(student, groups, engine_config, config.timeout_s)
+    schedule = FlipSchedule(config.flip_rate, config.steps, config.warmup_steps)
+    kbop = KBOP(binary_layers(student), schedule, config.momentum, layout.micro_steps, gang)
+    return Run(config, layout, gang, teacher, engine, kbop, windows_NT, device)
+
+
+def train(run: Run, steps: Iterable[int]) -> Iterator[StepMetrics]:
+    """Do the given steps in order; yields after each.
+
+    Raises:
+        NonFiniteLoss, NonFiniteGradient: on every rank, before a weight of that step changed.
+    """
+    for step in steps:
+        factor = warmup_cosine(step, run.config.steps, run.config.warmup_steps)
+        run.engine.set_learning_rates([factor * run.config.scale_lr, factor * run.config.other_lr])
+        total = 0.0
+        for micro_step in range(run.layout.micro_steps):
+            ids = run.batch(step, micro_step)
+            loss = distillation_loss(run.engine(ids), teacher_logits(run.teacher, ids))
+            total += _finite_mean(loss, run.gang, step)
+            run.engine.backward(loss)
+            if micro_step < run.layout.micro_steps - 1:
+                run.engine.step()
+        stats = run.kbop.step()
+        run.engine.step()
+        yield StepMetrics(step, total / run.layout.micro_steps, stats.rate, stats.flips)
+
+
+def _finite_mean(loss: Tensor, gang: Gang, step: int) -> float:
+    """Mean loss over ranks; an error on all of them when any rank's is not finite."""
+    mean = float(gang.sum(loss.detach().clone().float().reshape(1))) / gang.size
+    if not math.isfinite(mean):
+        raise NonFiniteLoss(
+            f"the loss is {mean} at step {step}; no weight was changed in this step",
+            "lower flip_rate, scale_lr and other_lr, or check the model's weights and the text",
+        )
+    return mean
