@@ -1,0 +1,132 @@
+"""Entry of every rank: `python -m jobs.rank_main --job-dir J --attempt N`, with RANK, WORLD_SIZE, … in the environment.
+
+Refuses a database and credentials: a rank sees its job's folder and the other ranks, nothing else. It may also be
+started by hand with `torchrun` or `deepspeed` (`--local_rank` is accepted).
+
+Exit status: 0 all stages done; 75 stopped by SIGTERM after saving its state; 1 a known error, written to `error.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+from jobs.process import PARENT_VARIABLE, die_with_parent
+
+EXIT_STOPPED = 75
+#: After which ranks that wait for each other give up, seconds. Rank 0 alone prepares and packs, which takes long.
+GANG_TIMEOUT_S = 7200.0
+
+
+@dataclass(frozen=True)
+class RankError:
+    """What a rank leaves in `error.json`."""
+
+    code: str
+    message: str
+    hint: str
+    retryable: bool
+    origin: str
+
+
+class _Stop:
+    """Remembers SIGTERM. In training it is looked at after each step; elsewhere a second one, or time, ends us."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.training = False
+
+    def __call__(self) -> bool:
+        self.training = True
+        return self.asked
+
+    def handle(self, _number: int, _frame: FrameType | None) -> None:
+        self.asked = True
+        if not self.training:
+            os._exit(EXIT_STOPPED)  # stages other than training start again from their beginning
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the pipeline on this rank; returns the exit status."""
+    parent = os.environ.get(PARENT_VARIABLE)
+    die_with_parent(int(parent) if parent else None)
+    options = _parse(arguments)
+    stop = _Stop()
+    signal.signal(signal.SIGTERM, stop.handle)
+    attempt_dir = options.job_dir / "attempts" / str(options.attempt)
+    try:
+        return _run(options.job_dir, options.attempt, stop)
+    except Exception as error:  # top of the process: known errors become a file, all are printed to the rank's log
+        traceback.print_exc()
+        known = describe(error)
+        if known is not None:
+            _leave(attempt_dir, known)
+        sys.stderr.flush()
+        os._exit(1 if known else 70)  # other ranks may hang in a collective: no orderly teardown with them
+
+
+def _run(job_dir: Path, attempt: int, stop: _Stop) -> int:
+    import torch
+
+    from jobs.journal import Journal
+    from jobs.pipeline import run_pipeline
+    from jobs.spec import JobSpec
+    from jobs.stages.train import StopAsked
+    from jobs.workspace import Workspace
+    from kbop_core.engine import gang_of_ranks
+
+    kind = os.environ.get("KBOP_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
+    spec = JobSpec.model_validate_json((job_dir / "spec.json").read_text(encoding="utf-8"))
+    with gang_of_ranks(kind, GANG_TIMEOUT_S) as gang:
+        device = torch.device("cpu" if kind == "cpu" else f"cuda:{torch.cuda.current_device()}")
+        journal = Journal(job_dir / "attempts" / str(attempt) / "events.jsonl" if gang.rank == 0 else None)
+        space = Workspace(job_dir, spec, attempt, gang, device, journal, stop)
+        try:
+            run_pipeline(space)
+        except StopAsked:
+            return EXIT_STOPPED
+    return 0
+
+
+def describe(error: Exception) -> RankError | None:
+    """A known error in the words of `error.json`; None for one nobody expected."""
+    from jobs.errors import JobsError
+    from kbop_core.errors import KbopError
+
+    if isinstance(error, KbopError):
+        return RankError(error.code, error.message, error.hint, error.retryable, error.origin)
+    if isinstance(error, JobsError):
+        return RankError(error.code, str(error), getattr(error, "hint", ""), False, "user")
+    text = str(error)
+    if "EADDRINUSE" in text or "address already in use" in text.lower():
+        return RankError("port_taken", "the rendezvous port was taken", "the next attempt takes another", True, "system")
+    return None
+
+
+def _leave(attempt_dir: Path, error: RankError) -> None:
+    """Write error.json; the first rank that gets there is the one that is heard."""
+    import json
+
+    try:
+        with (attempt_dir / "error.json").open("x", encoding="utf-8") as file:
+            json.dump(asdict(error), file)
+    except FileExistsError:
+        return
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="jobs.rank_main")
+    parser.add_argument("--job-dir", type=Path, required=True)
+    parser.add_argument("--attempt", type=int, required=True)
+    parser.add_argument("--local_rank", type=int, default=None, help="given by launchers; LOCAL_RANK is used")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

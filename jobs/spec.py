@@ -1,0 +1,144 @@
+"""What a user may ask of one job: the wire format, its defaults and its limits.
+
+Refuses to know how a job is run: it holds values and checks them, and imports nothing heavier than pydantic.
+
+The JSON schema of `JobSpec` is the documentation of `POST /v1/jobs`. A field that is not here is an error, and so is
+a field that could not take effect.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Effort = Literal["quick", "standard", "max"]
+Share = Annotated[float, Field(ge=0.0, le=0.5)]
+LearningRate = Annotated[float, Field(ge=0.0, le=1.0)]
+SourceName = Annotated[str, Field(min_length=1, max_length=4096)]
+
+#: Training tokens of each effort level when `method.tokens` is not given. `quick` is BNN Init alone.
+EFFORT_TOKENS: dict[str, int] = {"quick": 0, "standard": 800_000, "max": 4_000_000}
+
+
+class Strict(BaseModel):
+    """Base of every part of the spec: unknown fields are errors and values do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSource(Strict):
+    """Text to train or evaluate on."""
+
+    source: SourceName = Field(
+        description="`builtin:python-docs`, a path to a .txt, .jsonl (field `text`) or .parquet file, or a hub id "
+        "`owner/name[@revision]`.",
+        examples=["builtin:python-docs", "/data/stories.jsonl"],
+    )
+    split: Literal["all", "train", "eval"] = Field(
+        default="all",
+        description="Which part of the source: `eval` is the held-out tenth (documents by a hash of their text; the "
+        "last tenth of a source that is one document), `train` is the rest.",
+    )
+
+
+class MethodSpec(Strict):
+    """How hard to try, and the two learning rates of KBOP."""
+
+    effort: Effort = Field(
+        default="standard",
+        description="`quick`: BNN Init only, no training. `standard` and `max`: KBOP training with that many tokens.",
+    )
+    tokens: int | None = Field(
+        default=None, ge=1, le=10**13, description="Training tokens; replaces the effort level's own number."
+    )
+    batch_tokens: int = Field(default=2048, ge=1, le=2**26, description="Tokens per optimizer step, all ranks together.")
+    context: int | None = Field(
+        default=None,
+        ge=2,
+        le=1_048_576,
+        description="Window length in tokens for training; default: the model's own, at most 2048.",
+    )
+    flip_rate: Share = Field(default=4e-3, description="Flips' learning rate: peak share of each layer's signs flipped in a step.")
+    momentum: float = Field(default=0.98, ge=0.0, lt=1.0, description="Decay of the gradient average that decides the flips.")
+    scale_lr: LearningRate = Field(default=3e-3, description="Peak AdamW learning rate of the scales.")
+    other_lr: LearningRate = Field(default=1e-3, description="Peak AdamW learning rate of norms, biases, embeddings and head.")
+    calibration_tokens: int = Field(
+        default=32_768, ge=1, le=2**28, description="Training tokens that BNN Init measures the layers' inputs on."
+    )
+
+
+class ResourceSpec(Strict):
+    """What the job may use."""
+
+    gpus: int = Field(
+        default=1, ge=1, le=1024, description="Ranks: one per GPU, or per CPU slot on a server without GPUs."
+    )
+    max_micro_batch: int = Field(
+        default=8, ge=1, le=4096, description="Windows a rank may hold in one micro-step; the rest is accumulated."
+    )
+    zero_stage: Literal[0, 1, 2] = Field(
+        default=1, description="DeepSpeed ZeRO stage of the full-precision parameters (scales, norms, embeddings, head)."
+    )
+
+
+class JobSpec(Strict):
+    """One binarization job."""
+
+    model: SourceName = Field(
+        description="`builtin:demo`, a local folder in Hugging Face form (safetensors), or a hub id `owner/name[@revision]`.",
+        examples=["builtin:demo"],
+    )
+    data: tuple[DataSource, ...] = Field(min_length=1, max_length=64, description="Training text.")
+    eval: tuple[DataSource, ...] = Field(
+        default=(),
+        max_length=64,
+        description="Evaluation text; empty: the held-out tenth of each training source, which training then leaves out.",
+    )
+    name: str | None = Field(default=None, min_length=1, max_length=96, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    init: Literal["pretrained", "random"] = Field(
+        default="pretrained",
+        description="Start from the signs of the model's own weights, or from random ones (BNN Init in both cases).",
+    )
+    method: MethodSpec = MethodSpec()
+    group_size: int = Field(
+        default=128, ge=8, le=65_536, multiple_of=8,
+        description="Weights of a row that share a scale; a layer whose width it does not divide has one scale per row.",
+    )
+    keep: tuple[str, ...] = Field(
+        default=(), max_length=256, description="Modules that stay in full precision, as names or shell patterns."
+    )
+    seed: int = Field(default=0, ge=0, le=2**31 - 1)
+    checkpoint_every: int = Field(default=50, ge=1, le=10**6, description="Training steps between resumable checkpoints.")
+    priority: int = Field(default=0, ge=-100, le=100, description="Larger runs earlier.")
+    resources: ResourceSpec = ResourceSpec()
+
+    @model_validator(mode="after")
+    def _settings_take_effect(self) -> JobSpec:
+        if self.method.effort == "quick" and self.method.tokens is not None:
+            raise ValueError("method.tokens has no effect with effort 'quick' (no training): drop it or use 'standard'")
+        if self.method.effort == "quick" and self.init == "random":
+            raise ValueError("effort 'quick' keeps the initial signs, which are random here: use 'standard' or 'max'")
+        return self
+
+    @property
+    def train_tokens(self) -> int:
+        """Training tokens this job asks for; 0 means BNN Init alone."""
+        return EFFORT_TOKENS[self.method.effort] if self.method.tokens is None else self.method.tokens
+
+    def resolved_data(self) -> tuple[tuple[DataSource, ...], tuple[DataSource, ...]]:
+        """Training and evaluation sources with the default evaluation split filled in."""
+        if self.eval:
+            return self.data, self.eval
+        train = tuple(DataSource(source=d.source, split="train") for d in self.data)
+        return train, tuple(DataSource(source=d.source, split="eval") for d in self.data)
+
+    def canonical_json(self) -> str:
+        """Sorted, compact JSON of every field: the text whose hash names this spec."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    def digest(self) -> str:
+        """sha256 hex of `canonical_json`."""
+        return hashlib.sha256(self.canonical_json().encode()).hexdigest()

@@ -1,0 +1,88 @@
+"""Stage `evaluate`: the packed file as loaded from disk, beside its teacher, plain binarization and BNN Init. Writes the report."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from jobs.report import write_report
+from jobs.workspace import Workspace
+from kbop_core.checkpoint import load_student
+from kbop_core.convert import convert_plain
+from kbop_core.hf import generate, load_model
+from kbop_core.perplexity import Quality, evaluate as score
+from kbop_core.text import Windows
+
+#: Tokens in one forward pass of the evaluation, about.
+BATCH_TOKENS = 8192
+#: Tokens of a prompt and of its continuation in the report's samples, and how many samples.
+PROMPT_TOKENS, SAMPLE_TOKENS, SAMPLES = 16, 48, 3
+
+
+def evaluate(space: Workspace) -> dict[str, Any]:
+    """Score every model on every set, and write report.json and report.html."""
+    sets = space.evaluation_sets()
+    rows: dict[str, dict[str, Any]] = {name: {"set": name, "protocol": w.protocol, "tokens": w.predicted} for name, w in sets}
+    packed: PreTrainedModel | None = None
+    for number, (kind, model) in enumerate(_models(space)):
+        packed = model if kind == "kbop" else packed
+        for name, windows in sets:
+            quality = _score(space, model, windows, compare=kind == "kbop")
+            rows[name][kind] = quality.perplexity
+            if kind == "kbop":
+                rows[name]["kl_to_teacher"] = quality.kl_to_teacher
+                rows[name]["teacher_top1_agreement"] = quality.top1_agreement
+        space.journal.progress(number + 1, 4)
+    memory = _peak_memory(space)
+    if space.leads:
+        assert packed is not None
+        write_report(space, list(rows.values()), _samples(space, packed, sets), memory)
+    return {"perplexity": list(rows.values())}
+
+
+def _models(space: Workspace) -> Iterator[tuple[str, nn.Module]]:
+    """(name in the report, model), one at a time so that at most two are in memory beside the teacher."""
+    yield "teacher", space.teacher
+    plain = space.fresh_model()
+    convert_plain(plain, space.plan, trainable=True)
+    yield "plain", plain
+    load_student(plain, space.init_student)
+    yield "init", plain
+    dtype = next(space.teacher.parameters()).dtype
+    yield "kbop", load_model(str(space.work / "packed"), dtype=dtype).to(space.device)
+
+
+def _score(space: Workspace, model: nn.Module, windows: Windows, compare: bool) -> Quality:
+    batch = max(1, BATCH_TOKENS // windows.ids_NT.shape[1])
+    return score(model, windows, batch, space.teacher if compare else None, space.gang)
+
+
+def _samples(space: Workspace, packed: PreTrainedModel, sets: list[tuple[str, Windows]]) -> list[dict[str, str]]:
+    """Greedy continuations of the starts of evaluation windows, by the teacher and by the packed model."""
+    ids = sets[0][1].ids_NT[:: max(1, len(sets[0][1].ids_NT) // SAMPLES)][:SAMPLES, :PROMPT_TOKENS]
+    prompts = [space.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+    return [
+        {
+            "prompt": prompt,
+            "teacher": generate(space.teacher, space.tokenizer, prompt, SAMPLE_TOKENS),
+            "kbop": generate(packed, space.tokenizer, prompt, SAMPLE_TOKENS),
+        }
+        for prompt in prompts
+        if prompt.strip()
+    ]
+
+
+def _peak_memory(space: Workspace) -> dict[str, Any]:
+    """Peak memory of this attempt's ranks so far: resident bytes of all ranks, and the largest rank's GPU bytes."""
+    resident = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0], dtype=torch.float64)
+    total = space.gang.sum(resident.to(space.device))
+    cuda = None
+    if space.device.type == "cuda":
+        peak = torch.tensor([float(torch.cuda.max_memory_allocated())], device=space.device)
+        cuda = int(space.gang.max(peak))
+    return {"peak_rss_bytes": int(total), "peak_cuda_bytes": cuda}

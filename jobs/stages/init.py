@@ -1,0 +1,43 @@
+"""Stage `init`: BNN Init. All ranks calibrate on their own windows and fit their own rows. Trains nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from jobs.workspace import Workspace
+from kbop_core.checkpoint import save_student
+from kbop_core.convert import convert_plain
+from kbop_core.init.pretrained import pretrained_init
+from kbop_core.init.random import random_init
+from kbop_core.text import WindowOrder
+
+#: Windows in one calibration batch.
+BATCH = 8
+
+
+def init(space: Workspace) -> dict[str, Any]:
+    """Write the student's first signs and scales."""
+    student = space.fresh_model()
+    if space.spec.init == "random":
+        generator = torch.Generator().manual_seed(space.spec.seed)
+        for layer in convert_plain(student, space.plan, trainable=True).values():
+            random_init(layer, generator)
+    else:
+        batches = [batch.to(space.device) for batch in calibration_batches(space)]
+        pretrained_init(student, space.plan, batches, gang=space.gang, progress=space.journal.progress)
+    space.folder("init")
+    if space.leads:
+        save_student(student, space.init_student)
+    return {"binary_weights": space.plan.weights, "scales": space.plan.scales}
+
+
+def calibration_batches(space: Workspace) -> list[torch.Tensor]:
+    """This rank's share of the calibration windows: drawn from the training text in the seed's order."""
+    ids = load_file(space.training_windows_file)["ids"]
+    wanted = -(-space.spec.method.calibration_tokens // ids.shape[1])
+    order = WindowOrder(len(ids), space.spec.seed)
+    rows = list(order.indices(0, min(max(wanted, space.gang.size), len(ids))))
+    return list(ids[rows][space.gang.rank :: space.gang.size].split(BATCH))

@@ -1,0 +1,115 @@
+"""Stage `train`: KBOP steps with resumable checkpoints. Refuses nothing and decides nothing: the loop is kbop_core's."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from jobs.workspace import Workspace
+from kbop_core.checkpoint import load_student, save_student
+from kbop_core.convert import convert_plain
+from kbop_core.engine import barrier
+from kbop_core.loop import Run, StepMetrics, TrainConfig, start_run, train as training_steps
+from kbop_core.training_state import load_state, newest_state, save_state
+
+#: After which a collective that hangs fails, seconds.
+COLLECTIVE_TIMEOUT_S = 600.0
+
+
+class StopAsked(Exception):
+    """The runner asked for a stop; a training checkpoint was written first."""
+
+
+def train(space: Workspace) -> dict[str, Any]:
+    """Train from the newest checkpoint, or from BNN Init.
+
+    Raises:
+        StopAsked: SIGTERM arrived on some rank; the state is saved.
+    """
+    if not space.steps:
+        space.journal.note("no training tokens were asked for: the result of BNN Init is packed")
+        return {"steps": 0, "tokens": 0}
+    student = space.fresh_model()
+    convert_plain(student, space.plan, trainable=True)
+    load_student(student, space.init_student)
+    ids = load_file(space.training_windows_file)["ids"]
+    run = start_run(student, space.teacher, ids, train_config(space), space.layout, space.gang)
+    checkpoints = space.folder("train/checkpoints")
+    newest = newest_state(checkpoints, space.gang.size, space.journal.note)
+    start = load_state(newest, run.engine, run.kbop, space.gang) if newest else 0
+    if start:
+        space.journal.note(f"resumed after step {start}")
+    _steps(space, run, start, checkpoints)
+    if space.leads:
+        save_student(student, space.final_student)
+    barrier(space.gang)
+    run.engine.close()
+    return {
+        "steps": space.steps,
+        "tokens": space.steps * space.layout.tokens,
+        "state_bytes_per_binary_weight": run.kbop.state_bytes() / space.plan.weights,
+    }
+
+
+def train_config(space: Workspace) -> TrainConfig:
+    """The spec's numbers in the core's words."""
+    method = space.spec.method
+    return TrainConfig(
+        steps=space.steps,
+        flip_rate=method.flip_rate,
+        momentum=method.momentum,
+        scale_lr=method.scale_lr,
+        other_lr=method.other_lr,
+        seed=space.spec.seed,
+        zero_stage=space.spec.resources.zero_stage,
+        timeout_s=COLLECTIVE_TIMEOUT_S,
+    )
+
+
+def _steps(space: Workspace, run: Run, start: int, checkpoints: Path) -> None:
+    metrics_file = space.work / "train" / "metrics.jsonl"
+    if space.leads:
+        keep_metrics(metrics_file, start)
+    began = time.monotonic()
+    for metrics in training_steps(run, range(start, space.steps)):
+        done = metrics.step + 1
+        speed = (done - start) * space.layout.tokens / (time.monotonic() - began)
+        if space.leads:
+            _append(metrics_file, metrics)
+        space.journal.progress(
+            done, space.steps, loss=metrics.loss, flip_rate=metrics.flip_rate, tokens_per_s=round(speed, 1)
+        )
+        stop = _any_rank(space, space.stopping())
+        if done < space.steps and (stop or done % space.spec.checkpoint_every == 0):
+            save_state(checkpoints, done, run.engine, run.kbop, space.gang)
+        if stop and done < space.steps:
+            raise StopAsked
+
+
+def _any_rank(space: Workspace, here: bool) -> bool:
+    return bool(space.gang.max(torch.tensor([float(here)], device=space.device)) > 0)
+
+
+def _append(path: Path, metrics: StepMetrics) -> None:
+    line = {"step": metrics.step, "loss": metrics.loss, "flip_rate": metrics.flip_rate, "flips": dict(metrics.flips)}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def keep_metrics(path: Path, steps: int) -> None:
+    """Drop what an earlier attempt wrote after the step this one starts at, half lines included."""
+    lines = read_metrics(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(m) + "\n" for m in lines if m["step"] < steps), encoding="utf-8")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The step metrics in a file, without a last line that was cut short; empty when there is no file."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]

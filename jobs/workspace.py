@@ -1,0 +1,137 @@
+"""Owns what every stage of one job shares: its spec, its folders, its ranks, its loaded models. Does no stage's work.
+
+    work/
+      stages/<stage>.json            done markers, written last
+      tokens/train.safetensors, eval-<i>.safetensors
+      init/student.safetensors       after BNN Init
+      train/checkpoints/, metrics.jsonl, student.safetensors
+      packed/                        the checkpoint that is published
+      report/report.json, report.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from jobs.journal import Journal
+from jobs.json_files import read_json
+from jobs.sources import ModelSource, locate_model
+from jobs.spec import JobSpec
+from kbop_core.convert import ConversionPlan, plan_conversion
+from kbop_core.hf import load_model, load_tokenizer
+from kbop_core.loop import StepLayout, layout_steps
+from kbop_core.shard import Gang
+from kbop_core.text import Windows
+
+
+@dataclass
+class Workspace:
+    """One rank's view of a job.
+
+    Attributes:
+        job_dir: of the job.
+        spec: what was asked.
+        attempt: number of this attempt, from 1.
+        gang: the ranks.
+        device: of the models.
+        journal: where progress goes; silent but on rank 0.
+        stopping: whether the runner asked us to stop (SIGTERM).
+    """
+
+    job_dir: Path
+    spec: JobSpec
+    attempt: int
+    gang: Gang
+    device: torch.device
+    journal: Journal
+    stopping: Callable[[], bool] = field(default=lambda: False)
+
+    @property
+    def work(self) -> Path:
+        """Folder of the stages' outputs."""
+        return self.job_dir / "work"
+
+    def folder(self, name: str) -> Path:
+        """A stage's folder, made when missing."""
+        path = self.work / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.gang.rank == 0
+
+    @cached_property
+    def model_source(self) -> ModelSource:
+        """Where the model comes from."""
+        return locate_model(self.spec.model)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return load_tokenizer(self.model_source.location, self.model_source.revision)
+
+    @cached_property
+    def teacher(self) -> PreTrainedModel:
+        """The model as it was given, frozen: float32 on CPUs, bfloat16 on GPUs. Loaded once per process."""
+        return self.fresh_model()
+
+    def fresh_model(self) -> PreTrainedModel:
+        """Another copy of the model as it was given, to be changed."""
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        return load_model(self.model_source.location, self.model_source.revision, dtype).to(self.device)
+
+    @cached_property
+    def plan(self) -> ConversionPlan:
+        """Which layers become binary."""
+        return plan_conversion(self.teacher, self.spec.group_size, self.spec.keep)
+
+    def facts(self, stage: str) -> dict[str, Any]:
+        """What a finished stage wrote into its marker; empty when it has none."""
+        return read_json(self.work / "stages" / f"{stage}.json") or {}
+
+    @cached_property
+    def layout(self) -> StepLayout:
+        """How a training step is dealt to the ranks."""
+        method, resources = self.spec.method, self.spec.resources
+        context = self.facts("prepare")["context"]
+        return layout_steps(method.batch_tokens, context, self.gang.size, resources.max_micro_batch)
+
+    @property
+    def steps(self) -> int:
+        """Training steps; 0 when BNN Init is all that was asked."""
+        return -(-self.spec.train_tokens // self.layout.tokens)
+
+    @property
+    def training_windows_file(self) -> Path:
+        """Tensor `ids`: int64 (N, context)."""
+        return self.work / "tokens" / "train.safetensors"
+
+    @property
+    def init_student(self) -> Path:
+        """The student after BNN Init."""
+        return self.work / "init" / "student.safetensors"
+
+    @property
+    def final_student(self) -> Path:
+        """The student that is packed: the trained one, or the initial one when nothing was trained."""
+        return self.work / "train" / "student.safetensors" if self.steps else self.init_student
+
+    def evaluation_sets(self) -> list[tuple[str, Windows]]:
+        """Name and windows of each evaluation set."""
+        from safetensors.torch import load_file
+
+        sets = []
+        for number, described in enumerate(self.facts("prepare")["evaluation"]):
+            tensors = load_file(self.work / "tokens" / f"eval-{number}.safetensors")
+            windows = Windows(tensors["ids"], tensors["lengths"], described["protocol"])
+            sets.append((described["set"], windows))
+        return sets
