@@ -1,0 +1,364 @@
+"""Scheduler, local executor, runner and store as they are, on SQLite, with ranks that pretend to train."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+import psutil
+import pytest
+
+import jobs
+from jobs.artifacts import ArtifactStore
+from jobs.errors import LeaseLost, SchedulerRunning
+from jobs.executors.local import LocalExecutor
+from jobs.json_files import read_json
+from jobs.layout import artifacts_dir, attempt_dir, attempt_tag, job_dir
+from jobs.process import ProcessIdentity, sweep, tagged
+from jobs.records import JobRecord, JobStatus, Lease
+from jobs.runner import RunnerSettings, run_attempt
+from jobs.scheduler import Scheduler, SchedulerSettings
+from jobs.spec import JobSpec
+from jobs.store import Store
+
+DEVICES = ("cpu:0", "cpu:1")
+FAKE_RANK = (sys.executable, str(Path(__file__).with_name("fake_rank.py")))
+QUICK = RunnerSettings(
+    lease_s=10,
+    grace_s=5,
+    peer_grace_s=1,
+    max_attempts=2,
+    retry_delay_s=0.05,
+    poll_s=0.02,
+    rank_command=FAKE_RANK,
+)
+HARD = replace(QUICK, grace_s=0.3)
+
+pytestmark = pytest.mark.timeout(90)
+
+
+class Server:
+    """One data directory with its store and, until it is stopped, a scheduler."""
+
+    def __init__(self, data_dir: Path, runner: RunnerSettings = QUICK) -> None:
+        self.data_dir = data_dir
+        self.store = Store.open(f"sqlite:///{data_dir}/kbop.db")
+        self.executors: list[LocalExecutor] = []
+        self.scheduler = self.start(runner)
+
+    def start(self, runner: RunnerSettings = QUICK) -> Scheduler:
+        """A scheduler with an executor that knows nothing yet, as after a restart of the server."""
+        executor = LocalExecutor(self.data_dir, self.store.database_url, runner)
+        self.executors.append(executor)
+        settings = SchedulerSettings(
+            self.data_dir, DEVICES, lease_s=10, max_attempts=2, retry_delay_s=0.05, disk_floor_bytes=0
+        )
+        self.scheduler = Scheduler(self.store, executor, settings)
+        return self.scheduler
+
+    def close(self) -> None:
+        """End every runner and rank that is left, and wait until they are gone."""
+        self.scheduler.close()
+        for job in self.store.list_jobs().jobs:
+            for attempt in self.store.attempts(job.id):
+                runner = ProcessIdentity.from_json(
+                    read_json(self.folder(job.id, attempt.number) / "runner.json")
+                )
+                process = None if runner is None else runner.process()
+                if process is not None and process.pid != os.getpid():
+                    process.kill()
+                sweep(attempt_tag(job.id, attempt.number))
+        while any(child.status() != psutil.STATUS_ZOMBIE for child in psutil.Process().children()):
+            time.sleep(0.02)
+        for executor in self.executors:
+            executor.reap()
+        self.store.close()
+
+    def submit(self, name: str, gpus: int = 2) -> str:
+        wire = {
+            "model": "builtin:demo",
+            "data": [{"source": "builtin:python-docs"}],
+            "resources": {"gpus": gpus},
+        }
+        return self.store.submit(JobSpec.model_validate(wire | {"name": name})).job.id
+
+    def until(self, condition: Callable[[], object], seconds: float = 40) -> None:
+        """Tick until something is true."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"not within {seconds} s: {self.logs()}"
+            self.scheduler.tick()
+            time.sleep(0.05)
+
+    def until_ended(self, job_id: str) -> JobRecord:
+        self.until(lambda: self.store.get(job_id).status.terminal)
+        return self.store.get(job_id)
+
+    def until_ranks_wait(self, job_id: str, attempt: int = 1) -> Path:
+        folder = self.folder(job_id, attempt)
+        self.until(lambda: all((folder / f"waiting{rank}").exists() for rank in range(2)))
+        return folder
+
+    def folder(self, job_id: str, attempt: int = 1) -> Path:
+        return attempt_dir(job_dir(self.data_dir, job_id), attempt)
+
+    def logs(self) -> str:
+        return "\n".join(f"== {path}\n{path.read_text()}" for path in self.data_dir.rglob("*.log"))
+
+    def statuses(self, job_id: str) -> list[str]:
+        return [e.data["to"] for e in self.store.events(job_id) if e.kind == "status"]
+
+    def claim(self) -> Lease:
+        lease = self.store.claim("in this process", DEVICES, 10)
+        assert lease is not None
+        return lease
+
+    def run_here(self, lease: Lease, **arguments: object) -> JobStatus:
+        """The attempt in this process, as `kbop binarize` runs it."""
+        blobs = ArtifactStore(artifacts_dir(self.data_dir))
+        folder = job_dir(self.data_dir, lease.job_id)
+        return run_attempt(self.store, blobs, lease, folder, QUICK, **arguments)
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("PYTHONPATH", str(Path(jobs.__file__).parents[1]))
+    monkeypatch.setenv("KBOP_API_KEY", "secret")
+    server = Server(tmp_path)
+    yield server
+    server.close()
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def ranks(job_id: str, attempt: int = 1) -> list[psutil.Process]:
+    return tagged(attempt_tag(job_id, attempt))
+
+
+def test_a_job_goes_through_every_status_and_is_published(server):
+    job = server.until_ended(server.submit("succeeds"))
+    assert job.status is JobStatus.SUCCEEDED, job.error
+    active = ["preparing", "running", "evaluating", "publishing"]
+    assert server.statuses(job.id) == ["queued", *active, "succeeded"]
+    paths = ["manifest.json", "model.safetensors", "report/report.html", "report/report.json"]
+    assert [a.path for a in server.store.artifacts(job.id)] == paths
+    blob = server.store.artifact(job.id, "model.safetensors")
+    assert ArtifactStore(artifacts_dir(server.data_dir)).path(blob.sha256).read_bytes() == b"signs"
+    assert server.store.leases() == []
+
+
+def test_progress_and_the_runners_facts_are_kept(server):
+    job_id = server.submit("succeeds")
+    server.until_ended(job_id)
+    folder = server.folder(job_id)
+    progress = [e.data for e in server.store.events(job_id) if e.kind == "progress"]
+    assert [p["metrics"] for p in progress] == [{"loss": 1.25}]
+    facts = read(folder / "exit.json")
+    assert (facts["status"], facts["exit_codes"], facts["error"]) == ("succeeded", [0, 0], None)
+    assert read(folder / "launch.json")["world_size"] == 2
+    assert len(read(folder / "memory.json")["per_rank"]) == 2
+
+
+def test_ranks_get_their_place_but_no_credentials(server):
+    job_id = server.submit("succeeds")
+    server.until_ended(job_id)
+    launch = read(server.folder(job_id) / "launch.json")
+    for rank in range(2):
+        env = read(server.folder(job_id) / f"env{rank}.json")
+        assert (env["RANK"], env["WORLD_SIZE"], env["MASTER_PORT"]) == (
+            str(rank),
+            "2",
+            str(launch["master_port"]),
+        )
+        kept = {"KBOP_DEVICE", "KBOP_ATTEMPT_TAG", "KBOP_PARENT_PID"}
+        assert {name for name in env if name.startswith("KBOP_")} == kept
+
+
+def test_no_secret_is_on_the_runners_command_line(server):
+    job_id = server.submit("waits")
+    folder = server.until_ranks_wait(job_id)
+    command = " ".join(psutil.Process(read(folder / "runner.json")["pid"]).cmdline())
+    assert server.store.leases()[0].token not in command and "sqlite" not in command
+
+
+def test_a_rank_that_is_killed_ends_its_gang_and_the_job_is_retried(server):
+    job_id = server.submit("killed-once")
+    job = server.until_ended(job_id)
+    assert (job.status, job.attempt, job.error) == (JobStatus.SUCCEEDED, 2, None)
+    first = server.store.attempts(job_id)[0]
+    assert (first.outcome, first.error["code"]) == (JobStatus.RETRYING, "rank_killed")
+    assert first.error["log_tail"].endswith("about to be killed")
+    assert read(server.folder(job_id) / "exit.json")["exit_codes"] == [75, -9]
+
+
+def test_a_job_whose_ranks_are_always_killed_fails_after_its_attempts(server):
+    job = server.until_ended(server.submit("killed-always"))
+    assert (job.status, job.attempt, job.error["origin"]) == (JobStatus.FAILED, 2, "system")
+
+
+def test_a_user_error_fails_the_job_without_another_attempt(server):
+    job = server.until_ended(server.submit("user-error"))
+    assert (job.status, job.attempt) == (JobStatus.FAILED, 1)
+    assert (job.error["code"], job.error["origin"]) == ("no_linears", "user")
+    assert "rank 1 of attempt 1 is up" in job.error["log_tail"]
+
+
+def test_a_port_that_was_taken_is_tried_again_with_another(server):
+    job_id = server.submit("port-taken-once")
+    assert server.until_ended(job_id).status is JobStatus.SUCCEEDED
+    ports = {read(server.folder(job_id, n) / "launch.json")["master_port"] for n in (1, 2)}
+    assert len(ports) == 2
+
+
+def test_a_cancel_lets_the_ranks_stop_and_frees_the_devices(server):
+    job_id = server.submit("waits")
+    folder = server.until_ranks_wait(job_id)
+    server.store.request_cancel(job_id)
+    assert server.until_ended(job_id).status is JobStatus.CANCELLED
+    assert read(folder / "exit.json")["exit_codes"] == [75, 75]
+    assert server.until_ended(server.submit("succeeds")).status is JobStatus.SUCCEEDED
+
+
+def test_ranks_that_ignore_sigterm_are_killed_after_the_grace_period(tmp_path, server):
+    server.scheduler.close()
+    server.start(HARD)
+    job_id = server.submit("ignores-sigterm")
+    folder = server.until_ranks_wait(job_id)
+    server.store.request_cancel(job_id)
+    assert server.until_ended(job_id).status is JobStatus.CANCELLED
+    assert read(folder / "exit.json")["exit_codes"] == [-9, -9]
+
+
+def test_when_the_runner_is_killed_its_ranks_die_and_the_job_is_retried(server):
+    job_id = server.submit("waits-once")
+    folder = server.until_ranks_wait(job_id)
+    os.kill(read(folder / "runner.json")["pid"], signal.SIGKILL)
+    deadline = time.monotonic() + 5
+    while ranks(job_id):  # nobody ticks here: it is the kernel that ends them
+        assert time.monotonic() < deadline
+    job = server.until_ended(job_id)
+    assert (job.status, job.attempt) == (JobStatus.SUCCEEDED, 2)
+    assert server.store.attempts(job_id)[0].error["code"] == "runner_lost"
+
+
+def test_a_runner_that_is_told_to_stop_sends_its_job_back_without_using_up_an_attempt(server):
+    job_id = server.submit("waits-once")
+    folder = server.until_ranks_wait(job_id)
+    os.kill(read(folder / "runner.json")["pid"], signal.SIGTERM)
+    assert server.until_ended(job_id).status is JobStatus.SUCCEEDED
+    assert server.store.attempts(job_id)[0].error["code"] == "interrupted"
+    assert read(folder / "exit.json")["exit_codes"] == [75, 75]
+
+
+def test_a_restarted_server_leaves_a_living_runner_alone(server):
+    job_id = server.submit("waits")
+    folder = server.until_ranks_wait(job_id)
+    runner, before = read(folder / "runner.json"), {process.pid for process in ranks(job_id)}
+    server.scheduler.close()
+    server.start()
+    for _ in range(5):
+        server.scheduler.tick()
+    assert {process.pid for process in ranks(job_id)} == before
+    assert read(folder / "runner.json") == runner and server.store.get(job_id).attempt == 1
+    server.store.request_cancel(job_id)
+    assert server.until_ended(job_id).status is JobStatus.CANCELLED
+
+
+def test_a_job_that_ends_while_no_server_runs_is_published_all_the_same(server):
+    job_id = server.submit("succeeds")
+    server.scheduler.tick()
+    server.scheduler.close()
+    deadline = time.monotonic() + 30
+    while not server.store.get(job_id).status.terminal:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    server.start().tick()
+    assert server.store.get(job_id).status is JobStatus.SUCCEEDED and len(server.store.attempts(job_id)) == 1
+
+
+def test_a_runner_that_lost_its_lease_kills_its_ranks_and_writes_nothing_more(server):
+    job_id = server.submit("waits")
+    lease = server.claim()
+    folder = server.folder(job_id)
+
+    def take_away() -> None:
+        while not all((folder / f"waiting{rank}").exists() for rank in range(2)):
+            time.sleep(0.02)
+        server.store.finish(lease, JobStatus.FAILED, error={"code": "taken"})
+
+    thief = threading.Thread(target=take_away)
+    thief.start()
+    with pytest.raises(LeaseLost):
+        server.run_here(lease)
+    thief.join()
+    assert ranks(job_id) == [] and not (folder / "exit.json").exists()
+    assert server.store.get(job_id).error == {"code": "taken"}
+
+
+def test_an_attempt_runs_in_this_process_without_a_server(server):
+    job_id = server.submit("succeeds")
+    assert server.run_here(server.claim()) is JobStatus.SUCCEEDED
+    assert len(server.store.artifacts(job_id)) == 4
+
+
+def test_a_stop_set_by_the_caller_sends_the_job_back(server):
+    server.submit("waits")
+    stop = threading.Event()
+    stop.set()
+    assert server.run_here(server.claim(), stop=stop) is JobStatus.QUEUED
+
+
+def test_a_disk_that_fills_up_while_publishing_leaves_no_artifact_and_is_retried(server, monkeypatch):
+    job_id = server.submit("succeeds")
+
+    def full(_source: object, target: BinaryIO) -> None:
+        target.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.artifacts._copy", full)
+        assert server.run_here(server.claim()) is JobStatus.QUEUED
+    assert server.store.attempts(job_id)[0].error["code"] == "disk_full"
+    assert [p for p in artifacts_dir(server.data_dir).rglob("*") if p.is_file()] == []
+    assert server.store.artifacts(job_id) == []
+    assert server.until_ended(job_id).status is JobStatus.SUCCEEDED
+
+
+def test_a_checkpoint_that_is_not_what_its_manifest_says_fails_the_job(server):
+    job = server.until_ended(server.submit("damaged"))
+    assert (job.status, job.attempt, job.error["code"]) == (JobStatus.FAILED, 1, "hash_mismatch")
+    assert server.store.artifacts(job.id) == []
+
+
+def test_a_runner_that_cannot_start_its_ranks_says_so(server):
+    server.scheduler.close()
+    server.start(replace(QUICK, rank_command=("/no/such/program",)))
+    job = server.until_ended(server.submit("succeeds"))
+    assert (job.status, job.error["code"]) == (JobStatus.FAILED, "runner_crashed")
+    assert "/no/such/program" in job.error["message"]
+
+
+def test_two_schedulers_on_one_data_directory_are_refused(server):
+    with pytest.raises(SchedulerRunning):
+        server.start()
+
+
+def test_two_small_jobs_run_at_the_same_time_on_different_devices(server):
+    ids = [server.submit("waits", gpus=1), server.submit("waits", gpus=1)]
+    server.until(lambda: all((server.folder(job_id) / "waiting0").exists() for job_id in ids))
+    devices = [device for lease in server.store.leases() for device in lease.devices]
+    assert sorted(devices) == sorted(DEVICES)
+    for job_id in ids:
+        server.store.request_cancel(job_id)
+    assert all(server.until_ended(job_id).status is JobStatus.CANCELLED for job_id in ids)
