@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from jobs.journal import Journal
 from jobs.json_files import read_json
 from jobs.sources import ModelSource, locate_model
 from jobs.spec import JobSpec
 from kbop_core.convert import ConversionPlan, plan_conversion
-from kbop_core.hf import load_model, load_tokenizer
+from kbop_core.hf import Model, Tokenizer, load_model, load_tokenizer
 from kbop_core.loop import StepLayout, layout_steps
 from kbop_core.shard import Gang
 from kbop_core.text import Windows
@@ -75,16 +74,16 @@ class Workspace:
         return locate_model(self.spec.model)
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
         return load_tokenizer(self.model_source.location, self.model_source.revision)
 
     @cached_property
-    def teacher(self) -> PreTrainedModel:
+    def teacher(self) -> Model:
         """The model as it was given, frozen: float32 on CPUs, bfloat16 on GPUs. Loaded once per process."""
         return self.fresh_model()
 
-    def fresh_model(self) -> PreTrainedModel:
+    def fresh_model(self) -> Model:
         """Another copy of the model as it was given, to be changed."""
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         return load_model(self.model_source.location, self.model_source.revision, dtype).to(self.device)

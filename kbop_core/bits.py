@@ -30,7 +30,7 @@ def pack_bits(mask_OI: Tensor) -> Tensor:
     columns = mask_OI.shape[-1]
     tail = packed_width(columns) * 8 - columns
     bits = F.pad(mask_OI, (0, tail)) if tail else mask_OI
-    octets = bits.reshape(*bits.shape[:-1], -1, 8).view(torch.uint8)
+    octets = bits.reshape(*bits.shape[:-1], packed_width(columns), 8).view(torch.uint8)
     # Eight bytes of 0/1 are one little-endian word; halving its distance three times gathers the eight low bits.
     word = octets.contiguous().view(torch.int64).squeeze(-1)
     word = (word | (word >> 7)) & 0x0003000300030003

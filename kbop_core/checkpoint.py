@@ -70,7 +70,7 @@ def write_packed(
         save_file(tensors, temporary / WEIGHTS_FILE, metadata=header)
         names = tuple(e.name for e in plan.binary)
         save_metadata(source, revision, temporary, KbopConfig(group_size=plan.group_size, modules=names))
-        manifest = {"format_version": FORMAT_VERSIONS[0], "files": [_describe(p) for p in sorted(temporary.iterdir())]}
+        manifest = {"format_version": FORMAT_VERSIONS[0], "files": _describe_all(temporary)}
         write_json(temporary / MANIFEST_FILE, manifest)
     return manifest
 
@@ -172,12 +172,12 @@ def verify_packed(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_text())
-    except (OSError, ValueError) as error:
+        files = [(folder / e["path"], e["size"], e["sha256"]) for e in manifest["files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadCheckpoint(f"{folder.name} has no readable {MANIFEST_FILE}: {error}", "write the checkpoint again") from None
-    for entry in manifest["files"]:
-        path = folder / entry["path"]
-        if not path.is_file() or path.stat().st_size != entry["size"] or sha256(path) != entry["sha256"]:
-            raise BadCheckpoint(f"{entry['path']} is missing or not what was written", "write the checkpoint again")
+    for path, size, digest in files:
+        if not path.is_file() or path.stat().st_size != size or sha256(path) != digest:
+            raise BadCheckpoint(f"{path.name} is missing or not what was written", "write the checkpoint again")
     _verify_tensors(folder)
     return manifest
 
@@ -252,8 +252,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    return {"path": path.name, "size": path.stat().st_size, "sha256": sha256(path)}
+def _describe_all(folder: Path) -> list[dict[str, Any]]:
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    return [{"path": str(p.relative_to(folder)), "size": p.stat().st_size, "sha256": sha256(p)} for p in files]
 
 
 def _sync(path: Path) -> None:

@@ -94,7 +94,7 @@ def plan_conversion(model: nn.Module, group_size: int, keep: Sequence[str] = ())
     if group_size < 1:
         raise ValueError(f"group_size is {group_size}; legal: 1 or more")
     blocks = _decoder_blocks(model)
-    linears = [(name, m) for name, m in model.named_modules() if _is_linear(m)]
+    linears = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if _is_linear(m)]
     unused = [p for p in keep if not any(fnmatch.fnmatchcase(n, p) for n, _ in linears)]
     if unused:
         raise UnsupportedModel(f"keep names no linear layer: {', '.join(unused)}", "use names as in model.named_modules()")
@@ -153,6 +153,7 @@ def to_binary(model: nn.Module, entry: BinaryEntry, group_size: int, *, trainabl
     new = BinaryLinear(
         entry.in_features, entry.out_features, entry.bias, group_size, trainable=trainable, device=weight_OI.device
     )
+    new.transposed = _is_conv1d(old)
     new.set_signs(weight_OI)
     new.weight_scale.copy_(weight_OI.reshape(entry.out_features, entry.groups, -1).abs().mean(-1))
     if new.bias is not None:
@@ -178,7 +179,9 @@ def insert_empty(model: nn.Module, names: Sequence[str], group_size: int) -> Non
         out_features, in_features = linear_shape(old)
         bias = getattr(old, "bias", None) is not None
         device = linear_weight(old).device
-        model.set_submodule(name, BinaryLinear(in_features, out_features, bias, group_size, device=device))
+        layer = BinaryLinear(in_features, out_features, bias, group_size, device=device)
+        layer.transposed = _is_conv1d(old)
+        model.set_submodule(name, layer)
 
 
 def _decoder_blocks(model: nn.Module) -> tuple[str, ...]:

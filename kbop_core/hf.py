@@ -9,18 +9,31 @@ is called `weight` and has another shape.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kbop_core.convert import binary_layers, insert_empty
 from kbop_core.errors import BadCheckpoint, ModelError
+from kbop_core.layers import BinaryLinear
+
+Model = PreTrainedModel
+Tokenizer = PreTrainedTokenizerBase
 
 QUANT_METHOD = "kbop"
 #: Versions of the packed format this code reads; the first of them is what it writes.
@@ -58,17 +71,10 @@ class KbopQuantizer(HfQuantizer):  # type: ignore[misc]
         insert_empty(model, self.quantization_config.modules, self.quantization_config.group_size)
         return model
 
-    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Bits stay bytes; scales keep the buffer's float16."""
-        return super().get_new_dtype(converter, param, dtype)
-
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a saved config names it in words
         for name, layer in binary_layers(model).items():
-            dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device=layer.weight.device)
-            dense.weight = nn.Parameter(layer.dense(dtype or torch.float32), requires_grad=False)
-            if layer.bias is not None:
-                dense.bias = layer.bias
-            model.set_submodule(name, dense)
+            model.set_submodule(name, _dense_layer(layer, dtype or torch.float32))
         return model
 
     def is_serializable(self) -> bool:
@@ -77,6 +83,20 @@ class KbopQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _dense_layer(layer: BinaryLinear, dtype: torch.dtype) -> nn.Module:
+    """The layer the model had before, with the binary layer's values: Conv1D for GPT-2, which stores (I, O)."""
+    weight = layer.dense(dtype)
+    if layer.transposed:
+        dense: nn.Module = Conv1D(layer.out_features, layer.in_features)
+        weight = weight.t().contiguous()
+    else:
+        dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        dense.bias = layer.bias
+    return dense
 
 
 def register() -> None:
@@ -143,6 +163,8 @@ def save_metadata(source: str, revision: str | None, folder: Path, quantization:
         config.rope_theta = rope["rope_theta"]  # some loaders know only the older of the two names
     config.save_pretrained(folder)
     load_tokenizer(source, revision).save_pretrained(folder)
+    with suppress(OSError):  # most small models have none
+        GenerationConfig.from_pretrained(source, revision=revision).save_pretrained(folder)
 
 
 def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int) -> str:

@@ -89,6 +89,7 @@ class BinaryLinear(nn.Module):
         weight: uint8 (O, ⌈I/8⌉), bit order as in bits.py.
         weight_scale: (O, G).
         bias: (O,) parameter or None.
+        transposed: whether the layer it replaced stores its weight as (I, O), as GPT-2's Conv1D does.
         gradient_sink: called in backward with ∂loss/∂S (O, I); None when signs do not learn.
     """
 
@@ -108,6 +109,7 @@ class BinaryLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.gradient_sink: GradientSink | None = None
+        self.transposed = False
         groups = group_count(in_features, group_size)
         bits = torch.zeros(out_features, packed_width(in_features), dtype=torch.uint8, device=device)
         self.register_buffer("weight", bits, persistent=not trainable)

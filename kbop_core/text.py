@@ -38,6 +38,8 @@ def read_documents(path: Path) -> list[str]:
         raise DataError(f"{path.name}: unknown kind of text file", "give .txt, .jsonl with a field `text`, or .parquet")
     if suffix != ".parquet":
         _check_utf8(path)
+    if path.stat().st_size == 0:
+        raise EmptyText(f"{path.name} is empty", "give a file with at least one window of tokens")
     documents = [path.read_text(encoding="utf-8")] if suffix in {".txt", ".raw"} else _rows(suffix[1:], path)
     documents = [d for d in documents if d.strip()]
     if not documents:
@@ -51,7 +53,7 @@ def read_hub_documents(name: str, revision: str | None) -> list[str]:
 
     try:
         table = datasets.load_dataset(name, split="train", revision=revision)
-        return [d for d in table["text"] if d.strip()]
+        return [d for d in table["text"] if d and d.strip()]
     except Exception as error:  # the library raises many kinds; all mean that this data cannot be had
         raise DataError(f"cannot load data set {name}: {error}", "check the name, or give a local file") from error
 
@@ -62,7 +64,7 @@ def _rows(kind: str, path: Path) -> list[str]:
     builder = {"jsonl": "json", "parquet": "parquet"}[kind]
     try:
         table = datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True)
-        return [str(row["text"]) for row in table]
+        return [str(row["text"]) for row in table if row["text"] is not None]
     except KeyError:
         raise DataError(f"{path.name} has no field `text`", "each row needs its text in a field of that name") from None
     except Exception as error:  # parse errors of pyarrow and of the loader come as many types
@@ -164,7 +166,7 @@ def split_documents(documents: Sequence[str], split: str, held_out: Callable[[st
     if len(documents) == 1:
         text = documents[0]
         cut = len(text) * 9 // 10
-        line = text.find("\n", cut)
+        line = text.find("\n", cut, len(text) - 1)
         cut = line + 1 if 0 <= line < cut + 1000 else cut
         return [text[:cut] if split == "train" else text[cut:]]
     return [d for d in documents if held_out(d) == (split == "eval")]

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from jobs.report import write_report
 from jobs.workspace import Workspace
 from kbop_core.checkpoint import load_student
 from kbop_core.convert import convert_plain
-from kbop_core.hf import generate, load_model
+from kbop_core.hf import Model, generate, load_model
 from kbop_core.perplexity import Quality, evaluate as score
 from kbop_core.text import Windows
 
@@ -28,7 +27,7 @@ def evaluate(space: Workspace) -> dict[str, Any]:
     """Score every model on every set, and write report.json and report.html."""
     sets = space.evaluation_sets()
     rows: dict[str, dict[str, Any]] = {name: {"set": name, "protocol": w.protocol, "tokens": w.predicted} for name, w in sets}
-    packed: PreTrainedModel | None = None
+    packed: Model | None = None
     for number, (kind, model) in enumerate(_models(space)):
         packed = model if kind == "kbop" else packed
         for name, windows in sets:
@@ -62,7 +61,7 @@ def _score(space: Workspace, model: nn.Module, windows: Windows, compare: bool) 
     return score(model, windows, batch, space.teacher if compare else None, space.gang)
 
 
-def _samples(space: Workspace, packed: PreTrainedModel, sets: list[tuple[str, Windows]]) -> list[dict[str, str]]:
+def _samples(space: Workspace, packed: Model, sets: list[tuple[str, Windows]]) -> list[dict[str, str]]:
     """Greedy continuations of the starts of evaluation windows, by the teacher and by the packed model."""
     ids = sets[0][1].ids_NT[:: max(1, len(sets[0][1].ids_NT) // SAMPLES)][:SAMPLES, :PROMPT_TOKENS]
     prompts = [space.tokenizer.decode(row, skip_special_tokens=True) for row in ids]

@@ -27,7 +27,7 @@ def init(space: Workspace) -> dict[str, Any]:
             random_init(layer, generator)
     else:
         batches = [batch.to(space.device) for batch in calibration_batches(space)]
-        pretrained_init(student, space.plan, batches, gang=space.gang, progress=space.journal.progress)
+        pretrained_init(student, space.teacher, space.plan, batches, gang=space.gang, progress=space.journal.progress)
     space.folder("init")
     if space.leads:
         save_student(student, space.init_student)
@@ -39,5 +39,5 @@ def calibration_batches(space: Workspace) -> list[torch.Tensor]:
     ids = load_file(space.training_windows_file)["ids"]
     wanted = -(-space.spec.method.calibration_tokens // ids.shape[1])
     order = WindowOrder(len(ids), space.spec.seed)
-    rows = list(order.indices(0, min(max(wanted, space.gang.size), len(ids))))
+    rows = list(order.indices(0, max(min(wanted, len(ids)), space.gang.size)))
     return list(ids[rows][space.gang.rank :: space.gang.size].split(BATCH))

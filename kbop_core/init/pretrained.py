@@ -1,8 +1,8 @@
 """Owns BNN Init from pretrained weights: walks the blocks and fits each layer to the inputs it will really see.
 
 Refuses to know the fit itself (fit.py). Blocks are visited in forward order, and inside a block the layers in the order
-they run, so that each is calibrated on activations of the already binary prefix and later layers make up for earlier
-errors. Layers that read the same tensor (q, k, v; gate, up) share one H.
+they run, so that each is calibrated on activations of the already binary prefix, beside what the teacher's same layer
+reads on the same text: later layers make up for earlier errors. Layers that read one tensor (q, k, v; gate, up) share H and C.
 
 Ranks share the work: each measures H on its own windows, one all-reduce adds them, each fits its own rows.
 """
@@ -33,6 +33,7 @@ class _Reached(Exception):
 @torch.no_grad()
 def pretrained_init(
     model: nn.Module,
+    teacher: nn.Module,
     plan: ConversionPlan,
     batches: Sequence[Tensor],
     effort: FitEffort | None = None,
@@ -43,22 +44,28 @@ def pretrained_init(
 
     Args:
         model: the pretrained model, in eval mode; its linear layers are consumed.
+        teacher: another copy of it, not changed.
         plan: from plan_conversion(model).
-        batches: this rank's calibration windows, int64 (B, T) each; at least one rank must have one.
+        batches: this rank's calibration windows, int64 (B, T) each; at least one.
         effort: how long to fit each layer.
         gang: the ranks; all must call, with equal weights.
         progress: told after each layer.
+
+    Raises:
+        ValueError: a rank without a calibration window; it would group the layers differently from the others.
     """
+    if not batches:
+        raise ValueError("a rank has no calibration window; give each rank at least one")
     gang, effort, done = gang or Gang(), effort or FitEffort(), 0
     for block in plan.blocks:
         entries = {e.name: e for e in plan.binary if e.name.startswith(block + ".")}
         if not entries:
             continue
-        calls = [_block_call(model, block, batch) for batch in batches]
-        for stage in _stages(model, block, entries, calls):
-            moment = _input_moment(model, block, stage[0], calls, gang)
+        calls = [(_block_call(model, block, batch), _block_call(teacher, block, batch)) for batch in batches]
+        for stage in _stages(model, block, entries, calls[0][0]):
+            moments = _input_moments(model, teacher, block, stage[0], calls, gang)
             for entry in stage:
-                _fit_entry(model, entry, plan.group_size, moment, effort, gang)
+                _fit_entry(model, entry, plan.group_size, moments, effort, gang)
                 done += 1
                 progress(done, len(plan.binary))
 
@@ -94,14 +101,11 @@ def _seen_inputs(model: nn.Module, names: Sequence[str], see: Callable[[str, Ten
             handle.remove()
 
 
-def _stages(
-    model: nn.Module, block: str, entries: dict[str, BinaryEntry], calls: Sequence[BlockCall]
-) -> list[list[BinaryEntry]]:
+def _stages(model: nn.Module, block: str, entries: dict[str, BinaryEntry], call: BlockCall) -> list[list[BinaryEntry]]:
     """The block's layers in the order they run, those that read one tensor together; layers never run come last, alone."""
     order: list[tuple[str, Tensor]] = []
     with _seen_inputs(model, list(entries), lambda name, x: order.append((name, x))):
-        for args, kwargs in calls[:1]:
-            model.get_submodule(block)(*args, **kwargs)
+        model.get_submodule(block)(*call[0], **call[1])
     stages: list[list[BinaryEntry]] = []
     for i, (name, x) in enumerate(order):
         if i and order[i - 1][1] is x:
@@ -112,30 +116,44 @@ def _stages(
     return stages + [[e] for name, e in entries.items() if name not in seen]
 
 
-def _input_moment(model: nn.Module, block: str, entry: BinaryEntry, calls: Sequence[BlockCall], gang: Gang) -> Tensor:
-    """H = Σ x xᵀ of a layer's inputs over all ranks' windows, (I, I) float32, divided by its mean diagonal."""
+def _input_moments(
+    model: nn.Module,
+    teacher: nn.Module,
+    block: str,
+    entry: BinaryEntry,
+    calls: Sequence[tuple[BlockCall, BlockCall]],
+    gang: Gang,
+) -> tuple[Tensor, Tensor]:
+    """H = Σ x xᵀ and C = Σ x tᵀ of a layer's inputs over all ranks' windows, (I, I) float32, over H's mean diagonal."""
     width = entry.in_features
     device = linear_weight(model.get_submodule(entry.name)).device
-    moment = torch.zeros(width, width, device=device)
+    moments = torch.zeros(2, width, width, device=device)
+    for ours, theirs in calls:
+        x, t = _layer_input(model, block, entry, ours), _layer_input(teacher, block, entry, theirs)
+        if x is None or t is None or x.shape != t.shape:
+            continue  # an expert that this text does not reach, or that gets other tokens than the teacher's
+        moments[0].addmm_(x.t(), x)
+        moments[1].addmm_(x.t(), t)
+    gang.sum(moments)
+    level = moments[0].diagonal().mean()
+    own, cross = moments / level if level > 0 else moments
+    return own, cross
 
-    def add(_: str, x: Tensor) -> None:
-        rows = x.reshape(-1, width).float()
-        moment.addmm_(rows.t(), rows)
 
-    with _seen_inputs(model, [entry.name], add):
-        for args, kwargs in calls:
-            model.get_submodule(block)(*args, **kwargs)
-    gang.sum(moment)
-    level = moment.diagonal().mean()
-    return moment / level if level > 0 else moment
+def _layer_input(model: nn.Module, block: str, entry: BinaryEntry, call: BlockCall) -> Tensor | None:
+    """What a layer reads in one call of its block, (tokens, I) float32; None when it is not reached."""
+    caught: list[Tensor] = []
+    with _seen_inputs(model, [entry.name], lambda _, x: caught.append(x)):
+        model.get_submodule(block)(*call[0], **call[1])
+    return caught[0].reshape(-1, entry.in_features).float() if caught else None
 
 
 def _fit_entry(
-    model: nn.Module, entry: BinaryEntry, group_size: int, moment: Tensor, effort: FitEffort, gang: Gang
+    model: nn.Module, entry: BinaryEntry, group_size: int, moments: tuple[Tensor, Tensor], effort: FitEffort, gang: Gang
 ) -> None:
     weight_OI = linear_weight(model.get_submodule(entry.name)).detach().float()
     mine = gang.rows(entry.out_features)
-    signs, scales = fit_layer(weight_OI[mine], moment, entry.groups, effort)
+    signs, scales = fit_layer(weight_OI[mine], moments[0], entry.groups, effort, moments[1])
     layer = to_binary(model, entry, group_size, trainable=True)
     whole_signs, whole_scales = gang.gather_rows([signs, scales], [entry.out_features] * 2)
     layer.set_signs(whole_signs)
