@@ -190,9 +190,7 @@ class AlreadyFinished(StateError):
     code = "already_finished"
 
     def __init__(self, job_id: str, status: str) -> None:
-        super().__init__(
-            f"job {job_id!r} has already {_PAST.get(status, status)}", "there is nothing to cancel"
-        )
+        super().__init__(f"job {job_id!r} has already {_PAST.get(status, status)}", "there is nothing to cancel")
         self.status = status
 
 
@@ -215,9 +213,7 @@ class LeaseLost(StateError):
 
     def __init__(self, job_id: str, attempt: int | None = None) -> None:
         which = "this attempt" if attempt is None else f"attempt {attempt}"
-        super().__init__(
-            f"{which} of job {job_id!r} no longer holds its lease", "stop and write nothing more"
-        )
+        super().__init__(f"{which} of job {job_id!r} no longer holds its lease", "stop and write nothing more")
 
 
 class StorageError(JobsError):
@@ -232,9 +228,7 @@ class DiskFull(StorageError):
     code = "disk_full"
 
     def __init__(self, path: Path) -> None:
-        super().__init__(
-            f"no space left on the device while storing {path.name!r}", "free disk space and try again"
-        )
+        super().__init__(f"no space left on the device while storing {path.name!r}", "free disk space and try again")
 
 
 class HashMismatch(StorageError):

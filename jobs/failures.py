@@ -58,9 +58,7 @@ def _unexplained(rank: int, code: int) -> Failure:
     if code < 0:
         return Failure("rank_killed", f"rank {rank} was killed by {_signal_name(-code)}", "see log_tail")
     if code == EXIT_STOPPED:
-        return Failure(
-            "rank_stopped", f"rank {rank} was told to stop by somebody else", "see who sent it SIGTERM"
-        )
+        return Failure("rank_stopped", f"rank {rank} was told to stop by somebody else", "see who sent it SIGTERM")
     return Failure("rank_crashed", f"rank {rank} ended with exit code {code}", "see log_tail")
 
 

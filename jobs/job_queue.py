@@ -66,9 +66,7 @@ def record_status(
 # Claiming
 
 
-def claim(
-    connection: Connection, owner: str, devices: Sequence[str], now: float, lease_s: float
-) -> Lease | None:
+def claim(connection: Connection, owner: str, devices: Sequence[str], now: float, lease_s: float) -> Lease | None:
     """Start an attempt of the first job in line; see `jobs.store.Store.claim`.
 
     The line is strict: behind a job that waits for devices nobody is let past, or a large job could starve.
@@ -82,9 +80,7 @@ def claim(
         if needed > len(devices):
             reason = f"needs {_devices(needed)}, this server has {len(devices)}"
         elif row["not_before"] is not None and row["not_before"] > now:
-            reason = (
-                f"attempt {row['attempt']} ended early, the next one follows {_clock_time(row['not_before'])}"
-            )
+            reason = f"attempt {row['attempt']} ended early, the next one follows {_clock_time(row['not_before'])}"
         elif ahead is not None:
             reason = f"behind {ahead['id']}, which needs {_devices(ahead['devices_needed'])}"
         elif needed > len(free):
@@ -144,9 +140,7 @@ def _start_attempt(
 def hold(connection: Connection, reason: str) -> None:
     """Give every waiting job the same reason; rows that have it already are left alone."""
     stale = or_(jobs.c.waiting_reason.is_(None), jobs.c.waiting_reason != reason)
-    connection.execute(
-        update(jobs).where(jobs.c.status == JobStatus.QUEUED, stale).values(waiting_reason=reason)
-    )
+    connection.execute(update(jobs).where(jobs.c.status == JobStatus.QUEUED, stale).values(waiting_reason=reason))
 
 
 def cancel(connection: Connection, job: JobRecord, actor: str, now: float) -> None:
@@ -243,9 +237,7 @@ def finish(connection: Connection, lease: Lease, end: AttemptEnd, now: float) ->
     record_status(connection, lease.job_id, old, status, now, end.actor, end.reason)
     _close_attempt(connection, lease, status, end, now)
     if status is JobStatus.RETRYING:
-        record_status(
-            connection, lease.job_id, status, JobStatus.QUEUED, now, end.actor, "waits for another attempt"
-        )
+        record_status(connection, lease.job_id, status, JobStatus.QUEUED, now, end.actor, "waits for another attempt")
         reason = f"attempt {lease.attempt} ended early, another one follows"
         values: dict[str, Any] = {
             "status": JobStatus.QUEUED,
@@ -257,17 +249,12 @@ def finish(connection: Connection, lease: Lease, end: AttemptEnd, now: float) ->
         values = {"status": status, "finished_at": now, "error": error}
     connection.execute(update(jobs).where(jobs.c.id == lease.job_id).values(values | _NO_LEASE))
     if status is JobStatus.SUCCEEDED and end.artifacts:
-        rows = [
-            {"job_id": lease.job_id, "path": a.path, "size": a.size, "sha256": a.sha256}
-            for a in end.artifacts
-        ]
+        rows = [{"job_id": lease.job_id, "path": a.path, "size": a.size, "sha256": a.sha256} for a in end.artifacts]
         connection.execute(insert(artifacts), rows)
     return JobStatus(values["status"])
 
 
-def _close_attempt(
-    connection: Connection, lease: Lease, status: JobStatus, end: AttemptEnd, now: float
-) -> None:
+def _close_attempt(connection: Connection, lease: Lease, status: JobStatus, end: AttemptEnd, now: float) -> None:
     row = (attempts.c.job_id == lease.job_id) & (attempts.c.number == lease.attempt)
     values = {"finished_at": now, "outcome": status, "error": end.error, "counts": end.counts}
     connection.execute(update(attempts).where(row).values(values))
@@ -284,13 +271,9 @@ def fail(
     actor: str,
 ) -> JobStatus:
     """End the attempt with a failure; see `jobs.store.Store.fail`."""
-    of_job = (
-        (attempts.c.job_id == lease.job_id) & (attempts.c.outcome == JobStatus.RETRYING) & attempts.c.counts
-    )
+    of_job = (attempts.c.job_id == lease.job_id) & (attempts.c.outcome == JobStatus.RETRYING) & attempts.c.counts
     failed = connection.execute(select(func.count()).select_from(attempts).where(of_job)).scalar_one()
-    end = AttemptEnd(
-        JobStatus.FAILED, failure.as_dict(), actor=actor, reason=failure.message, counts=failure.counts
-    )
+    end = AttemptEnd(JobStatus.FAILED, failure.as_dict(), actor=actor, reason=failure.message, counts=failure.counts)
     if failure.may_retry and not failure.counts:
         end = replace(end, status=JobStatus.RETRYING, retry_at=now)
     elif failure.may_retry and failed + 1 < max_attempts:

@@ -24,26 +24,27 @@ class Journal:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._stage = ""
-        self._stage_start = self._last_progress = 0.0
-        self._first_step = 0
+        self._stage_start = self._first_at = self._last_progress = 0.0
+        self._first_step: int | None = None
 
     def stage(self, name: str, state: str, seconds: float | None = None) -> None:
         """A stage `started`, `finished` (with its seconds) or was `skipped` because it was done before."""
-        self._stage, self._stage_start, self._last_progress, self._first_step = name, time.monotonic(), 0.0, -1
+        self._stage, self._stage_start, self._last_progress, self._first_step = name, time.monotonic(), 0.0, None
         timing = {} if seconds is None else {"seconds": round(seconds, 3)}
         self._write({"kind": "stage", "stage": name, "state": state, **timing})
 
     def progress(self, step: int, steps: int, **metrics: float) -> None:
-        """`step` of `steps` of the current stage are done; the time left is estimated from the pace so far."""
+        """`step` of `steps` of the current stage are done; the time left follows from the pace since the first call."""
         now = time.monotonic()
-        if self._first_step < 0:
-            self._first_step = step - 1
+        if self._first_step is None:
+            self._first_step, self._first_at = step, now
         if now - self._last_progress < PROGRESS_EVERY_S and step < steps:
             return
         self._last_progress = now
-        pace = (now - self._stage_start) / max(1, step - self._first_step)
+        done = step - self._first_step
+        eta = round((now - self._first_at) / done * (steps - step), 1) if done else None
         line = {"kind": "progress", "stage": self._stage, "step": step, "steps": steps}
-        self._write({**line, "eta_s": round(pace * (steps - step), 1), "metrics": metrics})
+        self._write({**line, "eta_s": eta, "metrics": metrics})
 
     def seconds_in_stage(self) -> float:
         """Seconds since the current stage began."""

@@ -40,9 +40,7 @@ def run_pipeline(space: Workspace) -> None:
         barrier(space.gang)
         seconds = time.monotonic() - began
         if space.leads:
-            write_json(
-                space.work / "stages" / f"{name}.json", {**facts, "seconds": seconds, "attempt": space.attempt}
-            )
+            write_json(space.work / "stages" / f"{name}.json", {**facts, "seconds": seconds, "attempt": space.attempt})
         barrier(space.gang)
         space.journal.stage(name, "finished", seconds)
 

@@ -105,7 +105,9 @@ def describe(error: Exception) -> RankError | None:
         return RankError(error.code, str(error), getattr(error, "hint", ""), False, "user")
     text = str(error)
     if "EADDRINUSE" in text or "address already in use" in text.lower():
-        return RankError("port_taken", "the rendezvous port was taken", "the next attempt takes another", True, "system")
+        return RankError(
+            "port_taken", "the rendezvous port was taken", "the next attempt takes another", True, "system"
+        )
     return None
 
 

@@ -2,15 +2,20 @@
 
 report.json, field by field:
 
-| field | meaning |
-|---|---|
-| `perplexity[]` | per evaluation set: `protocol`, predicted `tokens`, and the perplexity of the `teacher`, of `plain` sign × mean, after BNN `init`, and of the packed file (`kbop`); `kl_to_teacher` (nats per token) and `teacher_top1_agreement` (share) of the packed file |
-| `bits` | `binary_weights`; `bits_per_binary_weight`: signs and scales over the weights they stand for; `bits_per_parameter_file`: the whole weights file over all parameters; numbers of `binary_layers` and `kept` linear layers |
-| `size` | bytes of all weights in the source's dtype, bytes of the packed weights file, their ratio |
-| `time` | seconds of each stage (of the attempt that finished it) and their sum; the report is written inside `evaluate`, whose own time is up to then |
-| `memory` | peaks of the last attempt's ranks, and the bytes per binary weight that training holds between steps on one rank |
-| `training` | steps, tokens, and the curve (at most 400 points) of loss (KL to the teacher, nats per token) and flip rate |
-| `samples` | greedy continuations |
+perplexity[]  per evaluation set: `protocol`, predicted `tokens`, the perplexity of the `teacher`, of `plain`
+              sign × mean, after BNN `init` and of the packed file (`kbop`); `kl_to_teacher` (nats per token)
+              and `teacher_top1_agreement` (share of positions) of the packed file
+bits          `binary_weights`; `bits_per_binary_weight`: signs and scales over the weights they stand for;
+              `bits_per_parameter_file`: the whole weights file over all parameters; numbers of `binary_layers`
+              and of `kept` linear layers
+size          bytes of all weights in the source's dtype, bytes of the packed weights file, their ratio
+time          seconds of each stage (in the attempt that finished it) and their sum; the report is written
+              inside `evaluate`, whose own time is up to then
+memory        peaks of the last attempt's ranks; bytes per binary weight that training holds on one rank
+              between steps
+training      steps, tokens, and the curve (at most 400 points) of loss (KL to the teacher, nats per token) and
+              flip rate
+samples       greedy continuations
 """
 
 from __future__ import annotations

@@ -224,9 +224,7 @@ class _Attempt:
 
     def _publish(self, end: GangEnd, heartbeat: Heartbeat) -> JobStatus:
         reason = "every stage is complete"
-        self._write(
-            heartbeat, partial(self.store.append, self.lease, (), status=JobStatus.PUBLISHING, reason=reason)
-        )
+        self._write(heartbeat, partial(self.store.append, self.lease, (), status=JobStatus.PUBLISHING, reason=reason))
         try:
             records = publish(self.artifacts, self.lease.job_id, self.job_dir, heartbeat.check)
         except StorageError as error:
@@ -244,9 +242,7 @@ class _Attempt:
     def _end_failed(self, end: GangEnd, failure: Failure, heartbeat: Heartbeat) -> JobStatus:
         _log.error("%s: %s", failure.code, failure.message)
         self._note_exit(end, JobStatus.FAILED, failure)
-        return self._write(
-            heartbeat, partial(self.store.fail, self.lease, failure, **self.settings.retries())
-        )
+        return self._write(heartbeat, partial(self.store.fail, self.lease, failure, **self.settings.retries()))
 
     def _note_exit(self, end: GangEnd, status: JobStatus, failure: Failure | None) -> None:
         """Write the attempt's facts to a file first: they are known even if the database is not reached."""

@@ -70,9 +70,7 @@ def locate_model(name: str) -> ModelSource:
     if name.startswith("builtin:"):
         folder = _BUILTIN_MODELS.get(name.removeprefix("builtin:"))
         if folder is None:
-            raise UnknownModel(
-                f"there is no built-in model {name!r}", f"built in: {_builtins(_BUILTIN_MODELS)}"
-            )
+            raise UnknownModel(f"there is no built-in model {name!r}", f"built in: {_builtins(_BUILTIN_MODELS)}")
         return ModelSource("builtin", str(folder))
     if name.startswith(_PATH_STARTS):
         return ModelSource("path", str(Path(name).expanduser().resolve()))
@@ -137,9 +135,7 @@ def resolve_data(name: str, policy: SourcePolicy) -> DataSourceRef:
         if not file.is_file():
             raise UnknownData(f"there is no data file {name!r}", "give the path of a file on the server")
         if file.suffix not in DATA_TYPES:
-            raise BadDataType(
-                f"{name!r} has type {file.suffix or 'none'!r}", f"use one of {', '.join(DATA_TYPES)}"
-            )
+            raise BadDataType(f"{name!r} has type {file.suffix or 'none'!r}", f"use one of {', '.join(DATA_TYPES)}")
         if file.stat().st_size == 0:
             raise EmptyData(f"{name!r} is empty", "give a file with text in it")
     return source
@@ -161,9 +157,7 @@ def _check_root(name: str, resolved: Path, roots: tuple[Path, ...], setting: str
         )
     if not _inside(resolved, roots):
         allowed = ", ".join(str(root) for root in roots) or "none"
-        raise PathNotAllowed(
-            f"{name!r} is not under an allowed folder", f"allowed: {allowed} (KBOP_{setting.upper()})"
-        )
+        raise PathNotAllowed(f"{name!r} is not under an allowed folder", f"allowed: {allowed} (KBOP_{setting.upper()})")
 
 
 def _inside(resolved: Path, roots: tuple[Path, ...]) -> bool:
@@ -173,9 +167,7 @@ def _inside(resolved: Path, roots: tuple[Path, ...]) -> bool:
 def _check_config(name: str, folder: Path) -> None:
     config = read_json(folder / "config.json")
     if config is None:
-        raise UnknownModel(
-            f"{name!r} has no readable config.json", "a model is a folder in Hugging Face form"
-        )
+        raise UnknownModel(f"{name!r} has no readable config.json", "a model is a folder in Hugging Face form")
     for file in ("config.json", "tokenizer_config.json"):
         if "auto_map" in (read_json(folder / file) or {}):
             raise RemoteCode(
@@ -192,9 +184,7 @@ def _check_weights(name: str, folder: Path, roots: tuple[Path, ...]) -> None:
     index = folder / "model.safetensors.index.json"
     missing = _indexed(name, index) - {file.name for file in files} if index.exists() else set[str]()
     if missing:
-        raise BadWeights(
-            f"{name!r} lacks weight files its index names: {', '.join(sorted(missing))}", "copy them too"
-        )
+        raise BadWeights(f"{name!r} lacks weight files its index names: {', '.join(sorted(missing))}", "copy them too")
     for file in files:
         if not _inside(file.resolve(), roots):
             raise PathNotAllowed(

@@ -54,17 +54,25 @@ class MethodSpec(Strict):
     tokens: int | None = Field(
         default=None, ge=1, le=10**13, description="Training tokens; replaces the effort level's own number."
     )
-    batch_tokens: int = Field(default=2048, ge=1, le=2**26, description="Tokens per optimizer step, all ranks together.")
+    batch_tokens: int = Field(
+        default=2048, ge=1, le=2**26, description="Tokens per optimizer step, all ranks together."
+    )
     context: int | None = Field(
         default=None,
         ge=2,
         le=1_048_576,
         description="Window length in tokens for training; default: the model's own, at most 2048.",
     )
-    flip_rate: Share = Field(default=4e-3, description="Flips' learning rate: peak share of each layer's signs flipped in a step.")
-    momentum: float = Field(default=0.98, ge=0.0, lt=1.0, description="Decay of the gradient average that decides the flips.")
+    flip_rate: Share = Field(
+        default=4e-3, description="Flips' learning rate: peak share of each layer's signs flipped in a step."
+    )
+    momentum: float = Field(
+        default=0.98, ge=0.0, lt=1.0, description="Decay of the gradient average that decides the flips."
+    )
     scale_lr: LearningRate = Field(default=3e-3, description="Peak AdamW learning rate of the scales.")
-    other_lr: LearningRate = Field(default=1e-3, description="Peak AdamW learning rate of norms, biases, embeddings and head.")
+    other_lr: LearningRate = Field(
+        default=1e-3, description="Peak AdamW learning rate of norms, biases, embeddings and head."
+    )
     calibration_tokens: int = Field(
         default=32_768, ge=1, le=2**28, description="Training tokens that BNN Init measures the layers' inputs on."
     )
@@ -80,7 +88,8 @@ class ResourceSpec(Strict):
         default=8, ge=1, le=4096, description="Windows a rank may hold in one micro-step; the rest is accumulated."
     )
     zero_stage: Literal[0, 1, 2] = Field(
-        default=1, description="DeepSpeed ZeRO stage of the full-precision parameters (scales, norms, embeddings, head)."
+        default=1,
+        description="DeepSpeed ZeRO stage of the full-precision parameters (scales, norms, embeddings, head).",
     )
 
 
@@ -88,14 +97,14 @@ class JobSpec(Strict):
     """One binarization job."""
 
     model: SourceName = Field(
-        description="`builtin:demo`, a local folder in Hugging Face form (safetensors), or a hub id `owner/name[@revision]`.",
+        description="`builtin:demo`, a folder in Hugging Face form (safetensors), or a hub id `owner/name[@revision]`.",
         examples=["builtin:demo"],
     )
     data: tuple[DataSource, ...] = Field(min_length=1, max_length=64, description="Training text.")
     eval: tuple[DataSource, ...] = Field(
         default=(),
         max_length=64,
-        description="Evaluation text; empty: the held-out tenth of each training source, which training then leaves out.",
+        description="Evaluation text; empty: the held-out tenth of each training source, which training leaves out.",
     )
     name: str | None = Field(default=None, min_length=1, max_length=96, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     init: Literal["pretrained", "random"] = Field(
@@ -104,14 +113,19 @@ class JobSpec(Strict):
     )
     method: MethodSpec = MethodSpec()
     group_size: int = Field(
-        default=128, ge=8, le=65_536, multiple_of=8,
-        description="Weights of a row that share a scale; a layer whose width it does not divide has one scale per row.",
+        default=128,
+        ge=8,
+        le=65_536,
+        multiple_of=8,
+        description="Weights of a row that share a scale; a layer whose width it does not divide has one a row.",
     )
     keep: tuple[str, ...] = Field(
         default=(), max_length=256, description="Modules that stay in full precision, as names or shell patterns."
     )
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
-    checkpoint_every: int = Field(default=50, ge=1, le=10**6, description="Training steps between resumable checkpoints.")
+    checkpoint_every: int = Field(
+        default=50, ge=1, le=10**6, description="Training steps between resumable checkpoints."
+    )
     priority: int = Field(default=0, ge=-100, le=100, description="Larger runs earlier.")
     resources: ResourceSpec = ResourceSpec()
 

@@ -98,14 +98,22 @@ class Store:
                 connection.execute(insert(schema.idempotency), row)
             return SubmitResult(_get(connection, job_id), created=True)
 
+    def submitted(self, spec: JobSpec, idempotency_key: str) -> JobRecord | None:
+        """The job that an earlier request with this key and spec made, if there was one.
+
+        Raises:
+            IdempotencyMismatch: The key belongs to another request.
+        """
+        with self._database.read() as connection:
+            earlier = _find_submission(connection, idempotency_key, spec.digest())
+            return None if earlier is None else _get(connection, earlier)
+
     def get(self, job_id: str) -> JobRecord:
         """The job. Raises UnknownJob."""
         with self._database.read() as connection:
             return _get(connection, job_id)
 
-    def list_jobs(
-        self, limit: int = 50, cursor: str | None = None, status: JobStatus | None = None
-    ) -> JobPage:
+    def list_jobs(self, limit: int = 50, cursor: str | None = None, status: JobStatus | None = None) -> JobPage:
         """One page of jobs, newest first; stable while jobs are added. Raises BadCursor."""
         query = select(schema.jobs).order_by(schema.jobs.c.seq.desc()).limit(limit + 1)
         if cursor is not None:
@@ -116,9 +124,7 @@ class Store:
             rows = connection.execute(query).mappings().all()
         more = len(rows) > limit
         rows = rows[:limit]
-        return JobPage(
-            [schema.to_job(row) for row in rows], _encode_cursor(rows[-1]["seq"]) if more else None
-        )
+        return JobPage([schema.to_job(row) for row in rows], _encode_cursor(rows[-1]["seq"]) if more else None)
 
     def request_cancel(self, job_id: str, actor: str = "user") -> JobRecord:
         """Ask for a job's end: at once while it waits, otherwise when its ranks have stopped.
@@ -138,12 +144,7 @@ class Store:
     def events(self, job_id: str, after: int = 0, limit: int = 500) -> list[EventRecord]:
         """Events of a job with an id above `after`, in order. Raises UnknownJob."""
         table = schema.events
-        query = (
-            select(table)
-            .where(table.c.job_id == job_id, table.c.id > after)
-            .order_by(table.c.id)
-            .limit(limit)
-        )
+        query = select(table).where(table.c.job_id == job_id, table.c.id > after).order_by(table.c.id).limit(limit)
         with self._database.read() as connection:
             _get(connection, job_id)
             return [schema.to_event(row) for row in connection.execute(query).mappings()]
@@ -272,9 +273,7 @@ class Store:
         attempt and is retried at once.
         """
         with self._database.write() as connection:
-            return job_queue.fail(
-                connection, lease, failure, self._clock(), max_attempts, retry_delay_s, actor
-            )
+            return job_queue.fail(connection, lease, failure, self._clock(), max_attempts, retry_delay_s, actor)
 
 
 def _insert_job(connection: Connection, spec: JobSpec, now: float) -> str:
@@ -297,11 +296,7 @@ def _insert_job(connection: Connection, spec: JobSpec, now: float) -> str:
 
 
 def _find_submission(connection: Connection, key: str, request_hash: str) -> str | None:
-    row = (
-        connection.execute(select(schema.idempotency).where(schema.idempotency.c.key == key))
-        .mappings()
-        .first()
-    )
+    row = connection.execute(select(schema.idempotency).where(schema.idempotency.c.key == key)).mappings().first()
     if row is None:
         return None
     if row["request_hash"] != request_hash:
@@ -322,6 +317,9 @@ def _encode_cursor(seq: int) -> str:
 
 def _decode_cursor(cursor: str) -> int:
     try:
-        return int(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+        place = int(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
     except (ValueError, binascii.Error):
         raise BadCursor(cursor) from None
+    if not 0 <= place < 2**63:  # beyond what a database column holds
+        raise BadCursor(cursor)
+    return place

@@ -1,12 +1,12 @@
 """Owns what every stage of one job shares: its spec, its folders, its ranks, its loaded models. Does no stage's work.
 
-    work/
-      stages/<stage>.json            done markers, written last
-      tokens/train.safetensors, eval-<i>.safetensors
-      init/student.safetensors       after BNN Init
-      train/checkpoints/, metrics.jsonl, student.safetensors
-      packed/                        the checkpoint that is published
-      report/report.json, report.html
+work/
+  stages/<stage>.json            done markers, written last
+  tokens/train.safetensors, eval-<i>.safetensors
+  init/student.safetensors       after BNN Init
+  train/checkpoints/, metrics.jsonl, student.safetensors
+  packed/                        the checkpoint that is published
+  report/report.json, report.html
 """
 
 from __future__ import annotations

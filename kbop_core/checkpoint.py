@@ -2,7 +2,8 @@
 
 A packed checkpoint is a folder in Hugging Face form:
 
-    model.safetensors      per binary layer X:  X.weight uint8 (O, ⌈I/8⌉),  X.weight_scale float16 (O, G),  X.bias as it was;
+    model.safetensors      per binary layer X:  X.weight uint8 (O, ⌈I/8⌉),  X.weight_scale float16 (O, G),  X.bias as
+    it was;
                            every other tensor under its own name and in the source model's dtype
     config.json            with quantization_config {"quant_method": "kbop", "format_version", "group_size", "modules"}
     tokenizer files
@@ -67,7 +68,7 @@ def write_packed(
     with folder_written_atomically(folder) as temporary:
         tensors = packed_tensors(model, dtype)
         header = {"format": "pt", "kbop_format_version": str(FORMAT_VERSIONS[0]), **metadata}
-        save_file(tensors, temporary / WEIGHTS_FILE, metadata=header)
+        write_tensors(tensors, temporary / WEIGHTS_FILE, header)
         names = tuple(e.name for e in plan.binary)
         save_metadata(source, revision, temporary, KbopConfig(group_size=plan.group_size, modules=names))
         manifest = {"format_version": FORMAT_VERSIONS[0], "files": _describe_all(temporary)}
@@ -101,7 +102,9 @@ def _storable(name: str, layer: BinaryLinear) -> tuple[Tensor, Tensor]:
     scale = layer.weight_scale.detach().to("cpu", torch.float32)
     half = scale.abs().to(torch.float16)
     if not bool(half.isfinite().all()):
-        raise BadCheckpoint(f"{name}: a scale is beyond float16 (largest {float(scale.abs().max()):g})", "lower scale_lr")
+        raise BadCheckpoint(
+            f"{name}: a scale is beyond float16 (largest {float(scale.abs().max()):g})", "lower scale_lr"
+        )
     if not bool((scale < 0).any()):
         return layer.weight.detach().cpu().contiguous(), half.contiguous()
     direction = torch.where(scale < 0, -1.0, 1.0).unsqueeze(-1)
@@ -127,9 +130,13 @@ def load_student(model: nn.Module, path: Path) -> None:
         stored = load_file(path)
     except (OSError, SafetensorError) as error:
         raise BadCheckpoint(f"{path.name} cannot be read: {error}", "delete the stage's marker and resume") from error
-    own = {f"{name}.weight": layer.weight for name, layer in binary_layers(model).items()} | dict(model.named_parameters())
+    own = {f"{name}.weight": layer.weight for name, layer in binary_layers(model).items()} | dict(
+        model.named_parameters()
+    )
     if own.keys() != stored.keys():
-        raise BadCheckpoint(f"{path.name} holds other tensors than this model has", "delete the stage's marker and resume")
+        raise BadCheckpoint(
+            f"{path.name} holds other tensors than this model has", "delete the stage's marker and resume"
+        )
     for name, tensor in own.items():
         tensor.copy_(stored[name])
 
@@ -143,6 +150,25 @@ def save_student(model: nn.Module, path: Path) -> None:
     save_tensors(student_tensors(model), path)
 
 
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whose bytes depend on its content alone.
+
+    The library orders the header's metadata by a hash that differs from process to process; equal checkpoints would get
+    other digests. The sorted header is as long as theirs, so it takes its place.
+    """
+    save_file(dict(tensors), path, dict(metadata))
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) > length:
+            raise BadCheckpoint(f"{path.name}: the header of {length} bytes would grow to {len(text)}")
+        file.seek(8)
+        file.write(text.ljust(length))
+
+
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all: temporary name, sync, rename.
 
@@ -151,7 +177,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     """
     temporary = path.with_name(f".{path.name}.writing")
     try:
-        save_file(dict(tensors), temporary, dict(metadata or {}))
+        write_tensors(tensors, temporary, metadata or {})
         _sync(temporary)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
@@ -174,7 +200,9 @@ def verify_packed(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_text())
         files = [(folder / e["path"], e["size"], e["sha256"]) for e in manifest["files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadCheckpoint(f"{folder.name} has no readable {MANIFEST_FILE}: {error}", "write the checkpoint again") from None
+        raise BadCheckpoint(
+            f"{folder.name} has no readable {MANIFEST_FILE}: {error}", "write the checkpoint again"
+        ) from None
     for path, size, digest in files:
         if not path.is_file() or path.stat().st_size != size or sha256(path) != digest:
             raise BadCheckpoint(f"{path.name} is missing or not what was written", "write the checkpoint again")
@@ -193,7 +221,9 @@ def _verify_tensors(folder: Path) -> None:
                 if not bool(scale.isfinite().all()) or bool((scale < 0).any()):
                     raise BadCheckpoint(f"{name}: a scale is negative or not finite")
     except (OSError, KeyError, SafetensorError) as error:
-        raise BadCheckpoint(f"{folder.name} is not a packed checkpoint: {error}", "write the checkpoint again") from error
+        raise BadCheckpoint(
+            f"{folder.name} is not a packed checkpoint: {error}", "write the checkpoint again"
+        ) from error
 
 
 @contextmanager

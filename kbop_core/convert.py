@@ -1,13 +1,16 @@
 """Owns which modules of a model become binary, which stay and why. Refuses to choose signs or scales (init/).
 
-The plan is explicit: it names every linear layer of the decoder blocks on one of its two sides. Embeddings, norms and the
-head lie outside the blocks and stay as they are, so tied heads stay tied. GPT-2's `Conv1D` (weight stored as (I, O)) is a
+The plan is explicit: it names every linear layer of the decoder blocks on one of its two sides. Embeddings, norms and
+the
+head lie outside the blocks and stay as they are, so tied heads stay tied. GPT-2's `Conv1D` (weight stored as (I, O))
+is a
 linear layer like any other. Nothing here imports transformers: models are recognised by structure.
 """
 
 from __future__ import annotations
 
 import fnmatch
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -97,22 +100,27 @@ def plan_conversion(model: nn.Module, group_size: int, keep: Sequence[str] = ())
     linears = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if _is_linear(m)]
     unused = [p for p in keep if not any(fnmatch.fnmatchcase(n, p) for n, _ in linears)]
     if unused:
-        raise UnsupportedModel(f"keep names no linear layer: {', '.join(unused)}", "use names as in model.named_modules()")
-    binary, kept, seen = [], [], {}
+        raise UnsupportedModel(
+            f"keep names no linear layer: {', '.join(unused)}", "use names as in model.named_modules()"
+        )
+    binary, kept = [], []
+    users: defaultdict[int, list[str]] = defaultdict(list)
+    for name, module in linears:
+        users[id(module.weight)].append(name)
     for name, module in linears:
         reason = _reason_to_stay(name, blocks, keep)
         if reason:
             kept.append(KeptEntry(name, reason))
             continue
-        if (twin := seen.setdefault(id(module.weight), name)) != name:
-            raise UnsupportedModel(f"{name} and {twin} share one weight", "keep both with `keep`")
+        if len(sharing := users[id(module.weight)]) > 1:
+            raise UnsupportedModel(f"{' and '.join(sharing)} share one weight", "keep all of them with `keep`")
         out_features, in_features = linear_shape(module)
         groups = group_count(in_features, group_size)
         binary.append(BinaryEntry(name, out_features, in_features, groups, getattr(module, "bias", None) is not None))
     if not binary:
         raise NothingToBinarize(
             f"{type(model).__name__} has no linear layer to binarize in its decoder blocks ({len(kept)} kept)",
-            "KBOP binarizes torch Linear and GPT-2 Conv1D layers inside decoder blocks; check the architecture and `keep`",
+            "KBOP binarizes Linear and GPT-2 Conv1D layers inside decoder blocks; check the architecture and `keep`",
         )
     return ConversionPlan(group_size, blocks, tuple(binary), tuple(kept))
 
@@ -138,7 +146,8 @@ def check_finite(model: nn.Module) -> None:
     bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
     if bad:
         raise BadWeights(
-            f"NaN or infinity in {len(bad)} tensors of the model, first {bad[0]}", "repair or re-download the checkpoint"
+            f"NaN or infinity in {len(bad)} tensors of the model, first {bad[0]}",
+            "repair or re-download the checkpoint",
         )
 
 

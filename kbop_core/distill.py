@@ -1,4 +1,4 @@
-"""Owns the training signal: how far the student's next-token distribution is from the teacher's. Holds no model state."""
+"""Owns the training signal: how far the student's next-token distribution is from the teacher's. Holds no model."""
 
 from __future__ import annotations
 

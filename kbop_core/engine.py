@@ -1,6 +1,7 @@
 """Owns the DeepSpeed engine: full-precision parameters, their gradients over ranks, their optimizer and its checkpoint.
 
-The only module that imports deepspeed. Refuses binary weights: bits are buffers that DeepSpeed never sees as parameters,
+The only module that imports deepspeed. Refuses binary weights: bits are buffers that DeepSpeed never sees as
+parameters,
 because it would keep a 4-byte master copy of each, which is a latent weight.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,6 +106,8 @@ class Engine:
     def __init__(
         self, model: nn.Module, groups: Sequence[dict[str, Any]], config: EngineConfig, timeout_s: float
     ) -> None:
+        # DeepSpeed tries this import only to recognise an optimizer we do not use; it compiles for 5 s in every rank.
+        sys.modules.setdefault("deepspeed.runtime.zero.muon.muon_optimizer", None)  # type: ignore[arg-type]
         optimizer = torch.optim.AdamW(list(groups), betas=(0.9, 0.95), weight_decay=0.0)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config.to_deepspeed(), dist_init_required=False

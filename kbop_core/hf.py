@@ -65,7 +65,6 @@ class KbopQuantizer(HfQuantizer):  # type: ignore[misc]
     """Puts empty binary layers into the model that transformers is about to fill."""
 
     requires_calibration = True  # signs come from training; from_pretrained cannot make them
-    required_packages: list[str] = []
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         insert_empty(model, self.quantization_config.modules, self.quantization_config.group_size)
@@ -78,10 +77,12 @@ class KbopQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def is_serializable(self) -> bool:
+        """save_pretrained writes the packed tensors as they are."""
         return True
 
     @property
     def is_trainable(self) -> bool:
+        """Packed models are for inference; training starts from a job."""
         return False
 
 
@@ -163,8 +164,11 @@ def save_metadata(source: str, revision: str | None, folder: Path, quantization:
         config.rope_theta = rope["rope_theta"]  # some loaders know only the older of the two names
     config.save_pretrained(folder)
     load_tokenizer(source, revision).save_pretrained(folder)
+    generation = None
     with suppress(OSError):  # most small models have none
-        GenerationConfig.from_pretrained(source, revision=revision).save_pretrained(folder)
+        generation = GenerationConfig.from_pretrained(source, revision=revision)
+    if generation is not None:
+        generation.save_pretrained(folder)
 
 
 def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int) -> str:

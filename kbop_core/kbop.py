@@ -12,7 +12,8 @@ different size; dividing by the root mean squares of row and column makes them c
     flip (i, j) where  s_ij u_ij  is positive and among the k_t largest of the layer;  then m_ij ← 0 there
     k_t  = ⌊N·H(t+1)⌋ − ⌊N·H(t)⌋,   H(t) = Σ_{τ<t} η_τ   (N weights in the layer)
 
-η_t, the share of weights flipped in a step, is the flips' learning rate: warm-up, then cosine to 0. It is KBOP's adaptive
+η_t, the share of weights flipped in a step, is the flips' learning rate: warm-up, then cosine to 0. It is KBOP's
+adaptive
 threshold with the multiple of the deviation chosen so that the share is exact. k_t carries fractions over, so small
 layers and small rates flip too. Ties at the threshold do not flip; a zero gradient never flips anything.
 
@@ -28,7 +29,8 @@ Sources: one average, a threshold adapted to the layer and a learning rate for t
 r16HwfP4HA, abstract and reviews); row × column normalisation, the exact share and the reset are ours
 (`benchmarks/quality_smoke.py`).
 
-World-size independence: a bfloat16 has 8 significant bits, its square 16, so the float64 sums behind r and c are exact in
+World-size independence: a bfloat16 has 8 significant bits, its square 16, so the float64 sums behind r and c are
+exact in
 any order while |m| in a row or column spans less than 2^12 (beyond: they differ in the 16th digit, of which the float32
 score keeps 7). With gradients that sum exactly, 1, 2 or 3 ranks flip the same weights.
 """
@@ -50,7 +52,6 @@ from kbop_core.bits import unpack_signs
 from kbop_core.errors import GradientContract, NonFiniteGradient
 from kbop_core.layers import BinaryLinear
 from kbop_core.shard import Gang
-
 
 # --------------------------------------------------------------------------------------------------------------------
 # The rule
@@ -247,8 +248,8 @@ class KBOP:
         if wrong:
             name, seen = next(iter(wrong.items()))
             raise GradientContract(
-                f"layer {name} saw {seen} gradients in this step, expected {self.micro_steps} ({len(wrong)} layers differ)",
-                "every binary layer must take part in each forward pass and be used once in it; keep others with `keep`",
+                f"layer {name} saw {seen} gradients in this step, not {self.micro_steps} ({len(wrong)} layers differ)",
+                "every binary layer must be used exactly once in each forward pass; keep others with `keep`",
             )
 
     def _moments(self) -> list[tuple[Tensor, Tensor]]:
@@ -266,8 +267,8 @@ class KBOP:
     def _raise_non_finite(self, columns: tuple[Tensor, ...]) -> None:
         names = [n for n, c in zip(self.shards, columns, strict=True) if not bool(c.isfinite().all())]
         raise NonFiniteGradient(
-            f"non-finite gradient in {len(names)} of {len(columns)} layers, first {names[0]}, at step {self.steps_done}; "
-            "no sign was flipped in this step",
+            f"non-finite gradient in {len(names)} of {len(columns)} layers, first {names[0]}, "
+            f"at step {self.steps_done}; no sign was flipped in this step",
             "resume from the last checkpoint with smaller learning rates, or look for NaN in the data's loss",
         )
 
@@ -307,7 +308,9 @@ class KBOP:
         """
         rows = {name: (s.rows.start, s.rows.stop) for name, s in self.shards.items()}
         if rows != state["rows"]:
-            raise ValueError(f"saved for other layers or another number of ranks: this is {self.gang.rank} of {self.gang.size}")
+            raise ValueError(
+                f"saved for other layers or another number of ranks: this is {self.gang.rank} of {self.gang.size}"
+            )
         self.steps_done = int(state["steps_done"])
         for name, shard in self.shards.items():
             shard.evidence.copy_(state["evidence"][name])
@@ -329,7 +332,8 @@ def _scores(shard: _Shard, row_R: Tensor, column_I: Tensor) -> Tensor:
 def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The count+1 largest scores (zeros appended when there are fewer) and their places.
 
-    A sample gives a bound that about twice as many exceed, so that only those are sorted; the result does not depend on it.
+    A sample gives a bound that about twice as many exceed, so that only those are sorted; the result does not depend
+    on it.
     """
     wanted = count + 1
     places = None

@@ -122,7 +122,7 @@ class BinaryLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) → (..., O) in the dtype of `x`."""
-        y: Tensor = _BinaryMatmul.apply(x, self.weight, self.weight_scale, self.gradient_sink)
+        y: Tensor = _BinaryMatmul.apply(x, self.weight, self.weight_scale, self.gradient_sink)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @property
@@ -144,5 +144,6 @@ class BinaryLinear(nn.Module):
         return dense_weight(self.weight, self.weight_scale.detach(), self.in_features, dtype)
 
     def extra_repr(self) -> str:
+        """What printing the model shows."""
         groups = self.weight_scale.shape[1]
         return f"in_features={self.in_features}, out_features={self.out_features}, groups={groups}"

@@ -3,7 +3,8 @@
     for metrics in train(run, range(start, steps)): …
 
 One step, on every rank:
-    for each micro-step:  KL to the teacher → finite on all ranks? → backward (gradients of signs leave for their owners)
+    for each micro-step:  KL to the teacher → finite on all ranks? → backward (gradients of signs leave for their
+    owners)
     KBOP flips signs → AdamW moves scales and the other full-precision parameters
 """
 

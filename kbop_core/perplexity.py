@@ -1,7 +1,8 @@
 """Owns how quality is measured: perplexity, and closeness to the teacher, on the same windows. Trains nothing.
 
 perplexity = exp(Σ nll / Σ tokens) over all positions but the first of non-overlapping windows (text.py cuts them), sums
-in float64, natural logarithm; what pads a short window is not counted. KL(teacher ‖ student) and top-1 agreement are means over the same positions.
+in float64, natural logarithm; what pads a short window is not counted. KL(teacher ‖ student) and top-1 agreement are
+means over the same positions.
 """
 
 from __future__ import annotations

@@ -84,7 +84,8 @@ class Gang:
         if self.size == 1:
             return list(parts)
         padded = [
-            F.pad(p, (0, 0) * (p.dim() - 1) + (0, self.block(t) - p.shape[0])) for p, t in zip(parts, totals, strict=True)
+            F.pad(p, (0, 0) * (p.dim() - 1) + (0, self.block(t) - p.shape[0]))
+            for p, t in zip(parts, totals, strict=True)
         ]
         flat = self.all_gather(torch.cat([p.reshape(-1) for p in padded]))
         columns = [torch.split(f, [p.numel() for p in padded]) for f in flat]

@@ -34,13 +34,13 @@ def read_documents(path: Path) -> list[str]:
         NotUtf8, EmptyText, DataError: each names the file.
     """
     suffix = path.suffix.lower()
-    if suffix not in {".txt", ".jsonl", ".parquet", ".raw"}:
+    if suffix not in {".txt", ".jsonl", ".parquet"}:
         raise DataError(f"{path.name}: unknown kind of text file", "give .txt, .jsonl with a field `text`, or .parquet")
     if suffix != ".parquet":
         _check_utf8(path)
     if path.stat().st_size == 0:
         raise EmptyText(f"{path.name} is empty", "give a file with at least one window of tokens")
-    documents = [path.read_text(encoding="utf-8")] if suffix in {".txt", ".raw"} else _rows(suffix[1:], path)
+    documents = [path.read_text(encoding="utf-8")] if suffix == ".txt" else _rows(suffix[1:], path)
     documents = [d for d in documents if d.strip()]
     if not documents:
         raise EmptyText(f"{path.name} holds no text", "give a file with at least one window of tokens")

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from kbop_core.checkpoint import folder_written_atomically, is_disk_full, sha256, write_json
+from kbop_core.checkpoint import folder_written_atomically, is_disk_full, sha256, write_json, write_tensors
 from kbop_core.engine import Engine, barrier
 from kbop_core.errors import DiskFull
 from kbop_core.kbop import KBOP
@@ -67,7 +67,9 @@ def _write_rank(folder: Path, kbop: KBOP, gang: Gang) -> None:
     tensors = {f"evidence.{n}": t.contiguous() for n, t in state["evidence"].items()}
     tensors |= {f"bits.{n}": t.contiguous() for n, t in state["bits"].items()}
     rows = json.dumps(state["rows"])
-    save_file(tensors, folder / f"rank-{gang.rank}.safetensors", {"rows": rows, "steps_done": str(state["steps_done"])})
+    write_tensors(
+        tensors, folder / f"rank-{gang.rank}.safetensors", {"rows": rows, "steps_done": str(state["steps_done"])}
+    )
 
 
 def _complete(temporary: Path, final: Path, step: int, ranks: int) -> None:

@@ -112,7 +112,7 @@ def train_tokenizer(texts: list[str], vocab: int) -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False
     )
 
@@ -253,7 +253,7 @@ def train_step(model: LlamaForCausalLM, optimizer: torch.optim.AdamW, batch_BT: 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Writes the folder that `from_pretrained` reads; the model's own weights become float16."""
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         # `<s>` ends a text too: it is where training met the next document.
         eos_token_id=[tokenizer.eos_token_id, tokenizer.bos_token_id],
@@ -262,7 +262,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
         top_p=0.9,
         max_new_tokens=128,
     )
-    model.half().save_pretrained(out)  # type: ignore[no-untyped-call]
+    model.half().save_pretrained(out)
     tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.save_pretrained(out)
     # Readers before transformers 5 know neither `rope_parameters` nor the name that 5 gives its tokenizers.
@@ -299,7 +299,7 @@ def sample(model: LlamaForCausalLM, out: Path, seed: int) -> str:
     tokenizer = AutoTokenizer.from_pretrained(out)
     torch.manual_seed(seed)
     prompt_BT = tokenizer("The module", return_tensors="pt")["input_ids"]
-    tokens_BT = model.generate(input_ids=prompt_BT)  # type: ignore[misc]  # transformers' own mixin
+    tokens_BT = model.generate(input_ids=prompt_BT)
     return str(tokenizer.decode(tokens_BT[0], skip_special_tokens=True))
 
 

@@ -1,4 +1,6 @@
-"""Stage `evaluate`: the packed file as loaded from disk, beside its teacher, plain binarization and BNN Init. Writes the report."""
+"""Stage `evaluate`: the packed file as loaded from disk, beside its teacher, plain binarization and BNN Init. Writes
+the report.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from jobs.workspace import Workspace
 from kbop_core.checkpoint import load_student
 from kbop_core.convert import convert_plain
 from kbop_core.hf import Model, generate, load_model
-from kbop_core.perplexity import Quality, evaluate as score
+from kbop_core.perplexity import Quality
+from kbop_core.perplexity import evaluate as score
 from kbop_core.text import Windows
 
 #: Tokens in one forward pass of the evaluation, about.
@@ -26,7 +29,9 @@ PROMPT_TOKENS, SAMPLE_TOKENS, SAMPLES = 16, 48, 3
 def evaluate(space: Workspace) -> dict[str, Any]:
     """Score every model on every set, and write report.json and report.html."""
     sets = space.evaluation_sets()
-    rows: dict[str, dict[str, Any]] = {name: {"set": name, "protocol": w.protocol, "tokens": w.predicted} for name, w in sets}
+    rows: dict[str, dict[str, Any]] = {
+        name: {"set": name, "protocol": w.protocol, "tokens": w.predicted} for name, w in sets
+    }
     packed: Model | None = None
     for number, (kind, model) in enumerate(_models(space)):
         packed = model if kind == "kbop" else packed

@@ -1,4 +1,4 @@
-"""Stage `train`: KBOP steps with resumable checkpoints. Refuses nothing and decides nothing: the loop is kbop_core's."""
+"""Stage `train`: KBOP steps with resumable checkpoints. Decides nothing: the loop is kbop_core's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from jobs.workspace import Workspace
 from kbop_core.checkpoint import load_student, save_student
 from kbop_core.convert import convert_plain
 from kbop_core.engine import barrier
-from kbop_core.loop import Run, StepMetrics, TrainConfig, start_run, train as training_steps
+from kbop_core.loop import Run, StepMetrics, TrainConfig, start_run
+from kbop_core.loop import train as training_steps
 from kbop_core.training_state import load_state, newest_state, save_state
 
 #: After which a collective that hangs fails, seconds.

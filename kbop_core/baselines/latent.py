@@ -42,7 +42,7 @@ class LatentLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) → (..., O)."""
-        signs = _StraightThroughSign.apply(self.latent)
+        signs = _StraightThroughSign.apply(self.latent)  # type: ignore[no-untyped-call]
         weight = (signs.view(*self.scale.shape, -1) * self.scale.unsqueeze(-1)).view_as(self.latent)
         return F.linear(x, weight, self.bias)
 

@@ -2,7 +2,8 @@
 
 Refuses to know the fit itself (fit.py). Blocks are visited in forward order, and inside a block the layers in the order
 they run, so that each is calibrated on activations of the already binary prefix, beside what the teacher's same layer
-reads on the same text: later layers make up for earlier errors. Layers that read one tensor (q, k, v; gate, up) share H and C.
+reads on the same text: later layers make up for earlier errors. Layers that read one tensor (q, k, v; gate, up) share
+H and C.
 
 Ranks share the work: each measures H on its own windows, one all-reduce adds them, each fits its own rows.
 """
@@ -102,7 +103,9 @@ def _seen_inputs(model: nn.Module, names: Sequence[str], see: Callable[[str, Ten
 
 
 def _stages(model: nn.Module, block: str, entries: dict[str, BinaryEntry], call: BlockCall) -> list[list[BinaryEntry]]:
-    """The block's layers in the order they run, those that read one tensor together; layers never run come last, alone."""
+    """The block's layers in the order they run, those that read one tensor together; layers never run come last,
+    alone.
+    """
     order: list[tuple[str, Tensor]] = []
     with _seen_inputs(model, list(entries), lambda name, x: order.append((name, x))):
         model.get_submodule(block)(*call[0], **call[1])

@@ -140,7 +140,8 @@ def submit_job(
     key: Annotated[str | None, Depends(idempotency_key)],
 ) -> Job:
     """Submits a job. It is stored when the answer comes; it starts when devices are free."""
-    check_job(context, spec)
+    if key is None or context.store.submitted(spec, key) is None:  # a replay is answered though its model has gone
+        check_job(context, spec)
     result = context.store.submit(spec, idempotency_key=key)
     job = wire_job(context, result.job)
     response.headers["Location"] = job.links.self

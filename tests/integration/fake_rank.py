@@ -47,9 +47,7 @@ def behave(name: str, rank: int, job_dir: Path, folder: Path) -> int:
         print("about to be killed", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     if name == "user-error" and rank == last:
-        return explain(
-            folder, code="no_linears", message="nothing to binarize", origin="user", retryable=False
-        )
+        return explain(folder, code="no_linears", message="nothing to binarize", origin="user", retryable=False)
     if name == "port-taken" and rank == last:
         return explain(folder, code="port_taken", message="address already in use", retryable=True)
     if name == "ignores-sigterm":

@@ -70,9 +70,7 @@ class Server:
         self.scheduler.close()
         for job in self.store.list_jobs().jobs:
             for attempt in self.store.attempts(job.id):
-                runner = ProcessIdentity.from_json(
-                    read_json(self.folder(job.id, attempt.number) / "runner.json")
-                )
+                runner = ProcessIdentity.from_json(read_json(self.folder(job.id, attempt.number) / "runner.json"))
                 process = None if runner is None else runner.process()
                 if process is not None and process.pid != os.getpid():
                     process.kill()

@@ -77,9 +77,7 @@ def _create_attempts_and_events() -> None:
         sa.Column("finished_at", sa.Float),
         sa.Column("outcome", sa.String(16)),
         sa.Column("error", sa.JSON),
-        sa.Column(
-            "counts", sa.Boolean, nullable=False, comment="whether it used up one of the job's attempts"
-        ),
+        sa.Column("counts", sa.Boolean, nullable=False, comment="whether it used up one of the job's attempts"),
     )
     op.create_table(
         "events",

@@ -30,9 +30,7 @@ def test_each_complete_line_is_read_once(tmp_path):
     assert len(tail.read()) == 1 and tail.read() == []
 
 
-@pytest.mark.parametrize(
-    "text", ["nonsense", "[]", "3", '{"kind": "note"}', '{"kind": "status", "at": 1}', "\x00"]
-)
+@pytest.mark.parametrize("text", ["nonsense", "[]", "3", '{"kind": "note"}', '{"kind": "status", "at": 1}', "\x00"])
 def test_a_line_that_is_no_event_becomes_a_note(tmp_path, text):
     (tmp_path / "e").write_text(text + "\n" + line("note", message="next"))
     bad, good = EventTail(tmp_path / "e").read()

@@ -43,9 +43,7 @@ def test_ranks_on_gpus_see_exactly_their_gpus():
 
 
 def test_killing_takes_along_what_the_ranks_started_and_detached(launch, until):
-    detached = (
-        "import subprocess, time; subprocess.Popen(['sleep', '60'], start_new_session=True); time.sleep(60)"
-    )
+    detached = "import subprocess, time; subprocess.Popen(['sleep', '60'], start_new_session=True); time.sleep(60)"
     gang = Gang(launch, (sys.executable, "-c", detached))
     gang.start()
     until(lambda: len(tagged("job_1/1")) == 4)

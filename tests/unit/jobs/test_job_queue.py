@@ -105,9 +105,7 @@ def test_a_job_that_is_being_cancelled_takes_no_other_status(store, running):
     assert store.get(running.job_id).status is JobStatus.CANCELLING
 
 
-@pytest.mark.parametrize(
-    "end", [JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.RETRYING, JobStatus.CANCELLED]
-)
+@pytest.mark.parametrize("end", [JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.RETRYING, JobStatus.CANCELLED])
 def test_a_cancel_that_comes_before_the_end_wins(store, running, end):
     store.append(running, [], status=JobStatus.PUBLISHING)
     store.request_cancel(running.job_id)

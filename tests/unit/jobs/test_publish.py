@@ -56,9 +56,7 @@ def test_a_file_that_changed_after_packing_is_refused(job_dir):
         run(job_dir)
 
 
-@pytest.mark.parametrize(
-    "path", ["../spec.json", "/etc/passwd", "a/../b", "./a", "manifest.json", "", None, 3]
-)
+@pytest.mark.parametrize("path", ["../spec.json", "/etc/passwd", "a/../b", "./a", "manifest.json", "", None, 3])
 def test_a_manifest_that_names_anything_but_plain_paths_is_refused(job_dir, path):
     write_manifest(job_dir, [{"path": path, "sha256": "0" * 64}])
     with pytest.raises(BadManifest):

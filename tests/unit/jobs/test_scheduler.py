@@ -60,9 +60,7 @@ def test_a_tick_starts_everything_that_fits(make_scheduler, executor, submit):
     assert [lease.job_id for lease in executor.launched] == [job.id for job in jobs[:2]]
 
 
-def test_a_living_runner_is_left_alone_even_with_an_expired_lease(
-    make_scheduler, executor, store, submit, clock
-):
+def test_a_living_runner_is_left_alone_even_with_an_expired_lease(make_scheduler, executor, store, submit, clock):
     submit()
     scheduler = make_scheduler()
     scheduler.tick()
@@ -96,9 +94,7 @@ def test_a_dead_runner_is_swept_and_its_job_retried_later(make_scheduler, execut
     assert [lease.attempt for lease in executor.launched] == [1, 2]
 
 
-def test_a_runner_without_a_trace_is_given_until_its_lease_ends(
-    make_scheduler, executor, store, submit, clock
-):
+def test_a_runner_without_a_trace_is_given_until_its_lease_ends(make_scheduler, executor, store, submit, clock):
     job = submit()
     scheduler = make_scheduler()
     scheduler.tick()
@@ -110,9 +106,7 @@ def test_a_runner_without_a_trace_is_given_until_its_lease_ends(
     assert store.get(job.id).status is JobStatus.QUEUED
 
 
-def test_a_job_whose_runner_keeps_dying_fails_with_the_runners_log(
-    make_scheduler, executor, store, submit, tmp_path
-):
+def test_a_job_whose_runner_keeps_dying_fails_with_the_runners_log(make_scheduler, executor, store, submit, tmp_path):
     job = submit()
     scheduler = make_scheduler(max_attempts=1)
     scheduler.tick()
@@ -135,9 +129,7 @@ def test_a_cancelled_job_whose_runner_died_is_cancelled(make_scheduler, executor
     assert store.get(job.id).status is JobStatus.CANCELLED
 
 
-def test_a_runner_that_cannot_be_started_is_a_system_error(
-    make_scheduler, executor, store, submit, monkeypatch
-):
+def test_a_runner_that_cannot_be_started_is_a_system_error(make_scheduler, executor, store, submit, monkeypatch):
     def no_launch(*_):
         raise OSError("too many processes")
 

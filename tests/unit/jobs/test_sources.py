@@ -81,9 +81,7 @@ def test_a_relative_path_is_refused(name, policy):
         resolve_data(name + ".txt", policy)
 
 
-@pytest.mark.parametrize(
-    "name", ["builtin:nothing", "model", "a/b/c", "owner/", "http://x/y", "", "owner/name@"]
-)
+@pytest.mark.parametrize("name", ["builtin:nothing", "model", "a/b/c", "owner/", "http://x/y", "", "owner/name@"])
 def test_a_name_of_no_known_form_is_unknown(name, policy):
     with pytest.raises(UnknownModel):
         resolve_model(name, policy)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+
 import pytest
 
 from jobs.errors import (
@@ -126,3 +128,9 @@ def test_ping_accepts_the_current_schema_and_refuses_an_empty_database(store, tm
 def test_a_store_in_memory_is_refused():
     with pytest.raises(ValueError, match="names no file"):
         Store("sqlite://")
+
+
+def test_a_cursor_beyond_any_row_number_is_refused_and_not_a_crash(store: Store) -> None:
+    cursor = base64.urlsafe_b64encode(str(2**70).encode()).decode()
+    with pytest.raises(BadCursor):
+        store.list_jobs(cursor=cursor)

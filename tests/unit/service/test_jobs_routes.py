@@ -210,3 +210,11 @@ def test_progress_is_shown_with_percent(server: Server) -> None:
     }
     server.store.append(server.claim(), [], status=JobStatus.RUNNING, progress=progress)
     assert server.http.get(f"/v1/jobs/{job_id}").json()["progress"] == progress
+
+
+def test_a_replayed_submission_is_answered_although_its_model_has_gone(server: Server) -> None:
+    headers = {"Idempotency-Key": "k1"}
+    first = server.http.post("/v1/jobs", json=server.spec, headers=headers)
+    (Path(server.spec["model"]) / "config.json").unlink()
+    again = server.http.post("/v1/jobs", json=server.spec, headers=headers)
+    assert (again.status_code, again.json()["id"]) == (202, first.json()["id"])

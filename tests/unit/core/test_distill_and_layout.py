@@ -1,0 +1,82 @@
+"""The training signal, and how windows are dealt to ranks and micro-steps."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kbop_core.distill import distillation_loss, teacher_logits
+from kbop_core.loop import StepLayout, TrainConfig, layout_steps
+
+
+def test_the_loss_is_the_mean_kl_from_teacher_to_student() -> None:
+    student, teacher = torch.randn(2, 3, 7), torch.randn(2, 3, 7)
+    p, q = (np.exp(t.double().numpy()) for t in (teacher, student))
+    p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
+    expected = (p * np.log(p / q)).sum(-1).mean()
+    assert float(distillation_loss(student, teacher)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_equal_logits_lose_nothing_and_pull_nowhere() -> None:
+    student = torch.randn(2, 3, 7, requires_grad=True)
+    loss = distillation_loss(student, student.detach() + 5.0)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(0.0, abs=1e-6)
+    assert student.grad is not None
+    assert float(student.grad.abs().max()) < 1e-6
+
+
+def test_half_precision_logits_are_compared_in_float32() -> None:
+    student, teacher = torch.randn(1, 4, 50).bfloat16(), torch.randn(1, 4, 50).bfloat16()
+    loss = distillation_loss(student, teacher)
+    assert loss.dtype == torch.float32
+    assert float(loss) == float(distillation_loss(student.float(), teacher.float()))
+
+
+def test_the_teacher_learns_nothing() -> None:
+    class Teacher(torch.nn.Linear):
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> object:
+            logits = super().forward(input_ids.float()[..., None].expand(-1, -1, 4))
+            return type("Output", (), {"logits": logits})
+
+    assert not teacher_logits(Teacher(4, 9), torch.zeros(2, 3, dtype=torch.int64)).requires_grad
+
+
+@given(tokens=st.integers(1, 10_000), context=st.integers(1, 300), ranks=st.integers(1, 8), most=st.integers(1, 16))
+def test_every_window_of_a_step_goes_to_exactly_one_place(tokens: int, context: int, ranks: int, most: int) -> None:
+    layout = layout_steps(tokens, context, ranks, most)
+    dealt = [
+        place
+        for micro_step in range(layout.micro_steps)
+        for rank in range(ranks)
+        for place in layout.places(3, micro_step, rank)
+    ]
+    assert sorted(dealt) == list(range(3 * layout.windows, 4 * layout.windows))
+    assert 1 <= layout.micro_batch <= most
+
+
+@given(tokens=st.integers(1, 10_000), context=st.integers(1, 300), ranks=st.integers(1, 8))
+def test_the_layout_is_as_near_to_the_wanted_tokens_as_whole_windows_allow(
+    tokens: int, context: int, ranks: int
+) -> None:
+    layout = layout_steps(tokens, context, ranks, 8)
+    assert layout.tokens == layout.windows * context
+    assert layout.windows % ranks == 0
+    assert abs(layout.tokens - tokens) <= max(context * ranks / 2, context * ranks - tokens)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_step_sees_the_same_windows_with_any_number_of_ranks(ranks: int) -> None:
+    layout = StepLayout(context=16, windows=8, ranks=ranks, micro_batch=2)
+    seen = {p for m in range(layout.micro_steps) for r in range(ranks) for p in layout.places(5, m, r)}
+    assert seen == set(range(40, 48))
+
+
+@pytest.mark.parametrize(("warmup", "steps", "expected"), [(0.0, 10, 1), (0.05, 400, 20), (0.05, 1, 1), (1.0, 7, 7)])
+def test_warm_up_is_at_least_one_step(warmup: float, steps: int, expected: int) -> None:
+    assert TrainConfig(steps=steps, warmup=warmup).warmup_steps == expected == max(1, math.ceil(warmup * steps))
