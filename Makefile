@@ -10,7 +10,7 @@ DATA ?= builtin:python-docs
 TOKENS ?= 400000
 export DS_BUILD_OPS := 0
 
-.PHONY: help demo test lint format bench bench-step bench-init serve lock teacher clean
+.PHONY: help demo test lint format bench bench-step bench-init bench-rule serve lock teacher clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,13 +42,16 @@ format: $(VENV)/.dev  ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: bench-step bench-init  ## every benchmark
+bench: bench-step bench-init bench-rule  ## every benchmark
 
 bench-step: $(VENV)/.worker  ## cost and memory of a training step beside latent weights + AdamW
 	$(BIN)/python -m benchmarks.step
 
 bench-init: $(VENV)/.worker  ## BNN Init: perplexity and time beside plain binarization
 	$(BIN)/python -m benchmarks.init
+
+bench-rule: $(VENV)/.worker  ## KBOP, scales only, and latent weights on a small model (a quarter of an hour)
+	$(BIN)/python -m benchmarks.rule
 
 serve: $(VENV)/.worker  ## run the server on http://127.0.0.1:8700
 	$(BIN)/kbop serve

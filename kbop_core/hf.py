@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -124,7 +125,7 @@ def load_model(location: str, revision: str | None = None, dtype: torch.dtype = 
         )
     except BadCheckpoint:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(
             f"cannot load {location}: {error}", "give a decoder-only model that transformers loads from safetensors"
         ) from error

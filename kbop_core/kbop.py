@@ -27,7 +27,7 @@ layers and small rates flip too. Ties at the threshold do not flip; a zero gradi
 
 Sources: one average, a threshold adapted to the layer and a learning rate for the flips are KBOP's (OpenReview
 r16HwfP4HA, abstract and reviews); row × column normalisation, the exact share and the reset are ours
-(`benchmarks/quality_smoke.py`).
+(`make bench-rule`).
 
 World-size independence: a bfloat16 has 8 significant bits, its square 16, so the float64 sums behind r and c are
 exact in

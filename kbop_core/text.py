@@ -60,9 +60,12 @@ def read_hub_documents(name: str, revision: str | None) -> list[str]:
 
 def _rows(kind: str, path: Path) -> list[str]:
     import datasets
+    import pyarrow.parquet
 
     builder = {"jsonl": "json", "parquet": "parquet"}[kind]
     try:
+        if kind == "parquet" and pyarrow.parquet.read_metadata(path).num_rows == 0:
+            return []
         table = datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True)
         return [str(row["text"]) for row in table if row["text"] is not None]
     except KeyError:

@@ -1,4 +1,4 @@
-"""Whole jobs on real parts: a `kbop serve` process, its scheduler and runners, and DeepSpeed ranks that really train."""
+"""Whole jobs on real parts: a `kbop serve` process, its scheduler and runners, and DeepSpeed ranks that train."""
 
 from __future__ import annotations
 
