@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,8 +105,6 @@ class Engine:
     def __init__(
         self, model: nn.Module, groups: Sequence[dict[str, Any]], config: EngineConfig, timeout_s: float
     ) -> None:
-        # DeepSpeed tries this import only to recognise an optimizer we do not use; it compiles for 5 s in every rank.
-        sys.modules.setdefault("deepspeed.runtime.zero.muon.muon_optimizer", None)  # type: ignore[arg-type]
         optimizer = torch.optim.AdamW(list(groups), betas=(0.9, 0.95), weight_decay=0.0)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config.to_deepspeed(), dist_init_required=False

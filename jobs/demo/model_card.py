@@ -46,8 +46,8 @@ out. Neither the tokenizer nor a gradient saw them.
 training tokens) in {seconds:,.0f} seconds of processor time on one core; torch {torch}, transformers
 {transformers}, seed {seed}. AdamW, betas {betas}, peak learning rate {peak_lr:g}, {warmup_steps} steps of
 warm-up, then a cosine; weight decay {weight_decay:g} on the matrices; gradients clipped to norm 1. The
-weights are those of step {best_step:,}, the lowest of {looks} held-out losses seen on the way: that choice is
-the only use of the held-out text.
+weights are those of step {best_step:,}, the lowest of {looks} held-out losses seen on the way: that choice
+and a dozen short trials of other recipes are all that the held-out text was used for.
 
 ## Perplexity protocol
 
@@ -66,10 +66,14 @@ Seed {seed}, the folder's generation defaults:
 ## Limits
 
 It knows the sound of technical English and little else: it states nothing you may rely on, answers no
-questions, and has never seen `</s>` or a text longer than {context} tokens. Another Python version carries
-edited texts, and an edited document may be held out there that this model was trained on in an earlier
-wording: on Python versions other than {python} its held-out perplexity may be a little too good. The text
-it was trained on is under the Python Software Foundation's licence.
+questions, and has never seen `</s>` or a text longer than {context} tokens.
+
+On Python versions other than {python} its held-out perplexity is too good. They carry edited texts, an edited
+document may change sides, and then this model was trained on most of it. The first such teacher, trained under
+Python 3.11.7, had a perplexity of 18.46 there, and of 13.86 and 13.68 under Python 3.12.1 and 3.13.0, where
+about a third of the held-out characters are in its training text. Compare models under one Python version.
+
+The text it was trained on is under the Python Software Foundation's licence.
 """
 
 

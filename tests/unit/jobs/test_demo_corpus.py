@@ -22,7 +22,7 @@ from jobs.split import is_held_out
 TEACHER = Path(jobs.demo.__file__).parent / "teacher"
 
 #: Held-out perplexity of the first 8 windows in the text that the model card names, and the room above it.
-FIRST_WINDOWS_PERPLEXITY, ROOM = 0.0, 1.10
+FIRST_WINDOWS_PERPLEXITY, ROOM = 21.58, 1.10
 
 
 @pytest.fixture(scope="module")
@@ -159,4 +159,4 @@ def test_the_teacher_predicts_the_held_out_text_as_well_as_its_card_says(corpus,
         logits_BTV = model(input_ids=batch_BT).logits[:, :-1].double()
     nll = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), batch_BT[:, 1:].flatten())
     same_text = digest(corpus) in (TEACHER / "README.md").read_text(encoding="utf-8")
-    assert math.exp(nll) < FIRST_WINDOWS_PERPLEXITY * (ROOM if same_text else 3)
+    assert math.exp(nll) < FIRST_WINDOWS_PERPLEXITY * (ROOM if same_text else 2)

@@ -1,0 +1,141 @@
+"""Collectives, flips and measurements over one, two and three real ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+Outcome = Callable[[int, str, int], Any]
+STEPS = 5
+
+
+def ranks(size: int) -> range:
+    return range(size)
+
+
+def same_bits(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    steps = zip(one["bits"], other["bits"], strict=True)
+    return all(torch.equal(a[name], b[name]) for a, b in steps for name in a)
+
+
+# -- collectives ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_rows_summed_to_their_owners_and_gathered_again_are_the_whole_sum(size: int, outcome: Outcome) -> None:
+    for rank in ranks(size):
+        found = outcome(size, "collectives", rank)
+        factor = sum(r + 1 for r in ranks(size))
+        for whole, gathered, as_bytes in zip(found["wholes"], found["gathered"], found["bytes"], strict=True):
+            assert torch.equal(gathered, whole * factor)
+            assert torch.equal(as_bytes, (whole * factor).byte())
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_every_row_is_owned_once_also_when_rows_are_fewer_than_ranks(size: int, outcome: Outcome) -> None:
+    owned = [outcome(size, "collectives", rank)["own_rows"] for rank in ranks(size)]
+    totals = [len(whole) for whole in outcome(size, "collectives", 0)["wholes"]]
+    assert [sum(rows) for rows in zip(*owned, strict=True)] == totals
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_gathers_and_reductions_come_in_rank_order_on_every_rank(size: int, outcome: Outcome) -> None:
+    for rank in ranks(size):
+        found = outcome(size, "collectives", rank)
+        assert [part[0, 0].item() for part in found["all"]] == list(ranks(size))
+        assert [part.shape for part in found["none"]] == [(0, 3)] * size
+        assert found["sum"].tolist() == [sum(ranks(size)), -sum(ranks(size))]
+        assert found["max"].tolist() == [size - 1, 0]
+
+
+# -- flips ------------------------------------------------------------------------------------------------------------
+
+
+def test_one_rank_on_two_samples_and_two_ranks_on_one_each_flip_the_same_signs(outcome: Outcome) -> None:
+    alone = outcome(1, "exact_flips", 0)
+    for rank in ranks(2):
+        shared = outcome(2, "exact_flips", rank)
+        assert shared["flips"] == alone["flips"]
+        assert same_bits(shared, alone)
+    assert all(sum(flips.values()) > 0 for flips in alone["flips"])
+
+
+def test_how_many_reductions_overlap_with_backward_does_not_matter(outcome: Outcome) -> None:
+    for rank in ranks(2):
+        for found in outcome(2, "overlap", rank):
+            assert same_bits(found, outcome(1, "exact_flips", 0))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_layers_with_fewer_rows_than_ranks_flip_as_on_one_rank(size: int, outcome: Outcome) -> None:
+    alone = outcome(1, "small_layers", 0)
+    for rank in ranks(size):
+        shared = outcome(size, "small_layers", rank)
+        assert shared["flips"] == alone["flips"]
+        assert same_bits(shared, alone)
+    assert sum(flips["two rows"] for flips in alone["flips"]) > 0
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_shards_of_the_evidence_are_the_rows_of_the_whole(size: int, outcome: Outcome) -> None:
+    shards = [outcome(size, "small_layers", rank)["evidence"] for rank in ranks(size)]
+    for name, whole in outcome(1, "small_layers", 0)["evidence"].items():
+        assert torch.equal(torch.cat([shard[name] for shard in shards]), whole)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_rank_holds_all_bits_and_its_share_of_the_evidence(size: int, outcome: Outcome) -> None:
+    alone = outcome(1, "small_layers", 0)
+    bits = sum(b.nbytes for b in alone["bits"][0].values())
+    for rank in ranks(size):
+        evidence = outcome(size, "small_layers", rank)["evidence"]
+        assert outcome(size, "small_layers", rank)["state_bytes"] == bits + sum(2 * e.numel() for e in evidence.values())
+        assert all(len(e) <= -(-len(alone["evidence"][name]) // size) for name, e in evidence.items())
+
+
+def test_a_nan_on_one_rank_stops_both_before_any_sign_changes(outcome: Outcome) -> None:
+    for rank in ranks(2):
+        found = outcome(2, "nan_gradient", rank)
+        assert found["error"] == "NonFiniteGradient"
+        assert "1 of 3 layers, first ragged" in found["message"]
+        assert found["unchanged"]
+
+
+def test_a_gradient_that_never_came_is_named_on_every_rank(outcome: Outcome) -> None:
+    for rank in ranks(2):
+        found = outcome(2, "missing_gradient", rank)
+        assert found["error"] == "GradientContract"
+        assert "layer ragged saw 0 gradients" in found["message"]
+
+
+# -- measuring and fitting --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_that_share_the_windows_measure_what_one_does(size: int, outcome: Outcome) -> None:
+    for shared, alone in zip(outcome(size, "quality", 0), outcome(1, "quality", 0), strict=True):
+        assert shared.tokens == alone.tokens
+        for name in ("nll", "perplexity", "kl_to_teacher", "top1_agreement"):
+            assert getattr(shared, name) == pytest.approx(getattr(alone, name), rel=1e-6)
+    assert all(outcome(size, "quality", rank) == outcome(size, "quality", 0) for rank in ranks(size))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_all_ranks_end_the_init_with_the_very_same_model(size: int, outcome: Outcome) -> None:
+    first = outcome(size, "init", 0)
+    for rank in ranks(size):
+        found = outcome(size, "init", rank)
+        for kind in ("bits", "scales"):
+            assert all(torch.equal(found[kind][name], first[kind][name]) for name in first[kind])
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_init_of_several_ranks_is_that_of_one_but_for_rounding(size: int, outcome: Outcome) -> None:
+    shared, alone = outcome(size, "init", 0), outcome(1, "init", 0)
+    error = (alone["logits"] - alone["dense"]).square().mean()
+    assert float((shared["logits"] - alone["logits"]).square().mean()) < 1e-3 * float(error)
+    bits = [(shared["bits"][n] != alone["bits"][n]).float().mean().item() for n in alone["bits"]]
+    assert max(bits) < 0.02

@@ -1,0 +1,193 @@
+"""The whole path on real ranks: DeepSpeed engine, binary layers, flips, checkpoints and how they fail."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kbop_core.training_state import KEEP, newest_state
+
+Outcome = Callable[[int, str, int], Any]
+RunFolder = Callable[[int], Path]
+SIZES = [1, 2, 3]
+
+
+def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+# -- world size -------------------------------------------------------------------------------------------------------
+
+
+def test_the_whole_engine_flips_the_same_signs_on_one_rank_and_on_two(outcome: Outcome) -> None:
+    alone = outcome(1, "dyadic_engine", 0)
+    for rank in range(2):
+        shared = outcome(2, "dyadic_engine", rank)
+        assert shared["flips"] == alone["flips"]
+        assert all(differing(a, b) == [] for a, b in zip(shared["bits"], alone["bits"], strict=True))
+    assert all(sum(flips.values()) > 0 for flips in alone["flips"])
+
+
+def test_the_exact_run_really_kept_its_scales_at_one(outcome: Outcome) -> None:
+    assert all(bool((scale == 1).all()) for scale in outcome(2, "dyadic_engine", 1)["scales"])
+
+
+# -- resuming ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_resumed_run_ends_with_the_very_same_bits_scales_and_evidence(size: int, outcome: Outcome) -> None:
+    for rank in range(size):
+        found = outcome(size, "resume", rank)
+        assert found["start"] == 3
+        assert differing(found["resumed"], found["went_on"]) == []
+        assert found["resumed_losses"] == found["losses"][3:]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_what_is_loaded_is_what_was_saved(size: int, outcome: Outcome) -> None:
+    for rank in range(size):
+        found = outcome(size, "resume", rank)
+        assert differing(found["loaded"], found["saved"]) == []
+        assert found["warnings"] == []
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_steps_after_the_checkpoint_really_changed_bits_scales_and_norms(size: int, outcome: Outcome) -> None:
+    found = outcome(size, "resume", 0)
+    changed = differing(found["went_on"], found["saved"])
+    for kind in ("bits.", "evidence.", ".weight_scale", "norm.weight", "embed_tokens.weight"):
+        assert any(kind in name for name in changed), kind
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_ranks_agree_on_everything_but_their_shards(size: int, outcome: Outcome) -> None:
+    first = {n: t for n, t in outcome(size, "resume", 0)["went_on"].items() if not n.startswith("evidence.")}
+    for rank in range(size):
+        found = outcome(size, "resume", rank)
+        assert differing({n: found["went_on"][n] for n in first}, first) == []
+        assert found["losses"] == outcome(size, "resume", 0)["losses"]
+
+
+def test_training_lowers_the_loss(outcome: Outcome) -> None:
+    losses = outcome(1, "resume", 0)["losses"]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_newest_checkpoints_are_kept_and_the_marker_names_the_last(size: int, run_folder: RunFolder) -> None:
+    folder = run_folder(size) / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-00000002", "step-00000003"]
+    assert KEEP == 2
+    assert json.loads((folder / "latest").read_text()) == "step-00000003"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_manifest_lists_every_file_of_the_checkpoint(size: int, run_folder: RunFolder) -> None:
+    folder = run_folder(size) / "checkpoints" / "step-00000003"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert (manifest["step"], manifest["ranks"]) == (3, size)
+    assert manifest["files"].keys() == files - {"manifest.json"}
+    assert {f"rank-{rank}.safetensors" for rank in range(size)} < files
+
+
+# -- damaged checkpoints ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path, run_folder: RunFolder) -> Path:
+    """A copy of what two ranks wrote: steps 2 and 3."""
+    return Path(shutil.copytree(run_folder(2) / "checkpoints", tmp_path / "checkpoints"))
+
+
+def newest_name(folder: Path, ranks: int = 2) -> tuple[str | None, list[str]]:
+    warnings: list[str] = []
+    newest = newest_state(folder, ranks, warnings.append)
+    return newest and newest.name, warnings
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", ["a changed byte", "cut off", "a missing file", "no manifest", "half a manifest"])
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning_for_the_one_before(damage: str, checkpoints: Path) -> None:
+    path = checkpoints / "step-00000003" / ("manifest.json" if "manifest" in damage else "rank-1.safetensors")
+    if damage == "a changed byte":
+        flip_a_byte(path)
+    elif damage in ("cut off", "half a manifest"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    else:
+        path.unlink()
+    newest, warnings = newest_name(checkpoints)
+    assert newest == "step-00000002"
+    assert len(warnings) == 1
+    assert "step-00000003 skipped" in warnings[0]
+
+
+def test_deepspeeds_own_files_are_checked_too(checkpoints: Path) -> None:
+    flip_a_byte(max((checkpoints / "step-00000003" / "engine").rglob("*.pt"), key=lambda p: p.stat().st_size))
+    newest, warnings = newest_name(checkpoints)
+    assert newest == "step-00000002"
+    assert "is not what was written" in warnings[0]
+
+
+def test_with_every_checkpoint_damaged_there_is_none(checkpoints: Path) -> None:
+    for folder in checkpoints.glob("step-*"):
+        flip_a_byte(folder / "rank-0.safetensors")
+    newest, warnings = newest_name(checkpoints)
+    assert newest is None
+    assert len(warnings) == 2
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_checkpoints_of_another_number_of_ranks_are_skipped_and_say_so(ranks: int, checkpoints: Path) -> None:
+    newest, warnings = newest_name(checkpoints, ranks)
+    assert newest is None
+    assert warnings[0].endswith(f"written by 2 ranks, this run has {ranks}")
+
+
+@pytest.mark.parametrize("name", [".step-00000009.parts", ".step-00000009.writing"])
+def test_what_a_killed_run_left_half_written_is_not_a_checkpoint(name: str, checkpoints: Path) -> None:
+    shutil.copytree(checkpoints / "step-00000003", checkpoints / name)
+    assert newest_name(checkpoints) == ("step-00000003", [])
+
+
+@pytest.mark.parametrize("folder", ["empty", "missing"])
+def test_without_checkpoints_there_is_none_to_resume_from(folder: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert newest_name(tmp_path / folder) == (None, [])
+
+
+# -- failing ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_both_before_anything_changes(outcome: Outcome) -> None:
+    for rank in range(2):
+        found = outcome(2, "nan_loss", rank)
+        assert found["error"] == "NonFiniteLoss"
+        assert "the loss is nan at step 1" in found["message"]
+        assert found["changed"] == []
+
+
+@pytest.mark.parametrize("kind", ["rank", "engine"])
+def test_a_full_disk_is_named_and_the_older_checkpoint_stays_the_newest(kind: str, outcome: Outcome) -> None:
+    found = outcome(1, "full_disk", 0)[kind]
+    assert found["error"] == "DiskFull"
+    assert found["newest"] == "step-00000001"
+    assert ("rank-0.safetensors" in found["written"]) == (kind == "engine")
+
+
+@pytest.mark.parametrize("kind", ["rank", "engine"])
+def test_the_next_checkpoint_clears_what_a_full_disk_left(kind: str, outcome: Outcome) -> None:
+    assert outcome(1, "full_disk", 0)[kind]["names_after"] == ["latest", "step-00000001", "step-00000003"]
