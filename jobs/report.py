@@ -4,7 +4,7 @@ report.json, field by field:
 
 perplexity[]  per evaluation set: `protocol`, predicted `tokens`, the perplexity of the `teacher`, of `plain`
               sign × mean, after BNN `init` and of the packed file (`kbop`); `kl_to_teacher` (nats per token)
-              and `teacher_top1_agreement` (share of positions) of the packed file
+              and `teacher_top1_agreement` (share of positions) of the packed file; null: beyond any number
 bits          `binary_weights`; `bits_per_binary_weight`: signs and scales over the weights they stand for;
               `bits_per_parameter_file`: the whole weights file over all parameters; numbers of `binary_layers`
               and of `kept` linear layers
@@ -140,8 +140,8 @@ def _perplexity_plot(rows: Sequence[dict[str, Any]]) -> str:
     for offset, (kind, label) in enumerate(_KINDS.items()):
         places = [row + 0.2 * offset for row in range(len(rows))]
         values = [row[kind] for row in rows]
-        bars = axes.barh(places, values, height=0.18, label=label)
-        axes.bar_label(bars, [f"{v:.4g}" for v in values], padding=3, fontsize=8)
+        bars = axes.barh(places, [v or 1.0 for v in values], height=0.18, label=label)
+        axes.bar_label(bars, ["infinite" if v is None else f"{v:.4g}" for v in values], padding=3, fontsize=8)
     axes.set_yticks([row + 0.3 for row in range(len(rows))], [row["set"] for row in rows])
     axes.set(xscale="log", xlabel="perplexity (logarithmic; less is better)")
     axes.margins(x=0.15)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from kbop_core.bits import pack_signs
 from kbop_core.convert import ConversionPlan, binary_layers
-from kbop_core.errors import BadCheckpoint, DiskFull
+from kbop_core.errors import BadCheckpoint, BadWeights, DiskFull
 from kbop_core.hf import FORMAT_VERSIONS, KbopConfig, save_metadata
 from kbop_core.layers import BinaryLinear
 
@@ -63,7 +63,7 @@ def write_packed(
 
     Raises:
         DiskFull: no space; nothing is left behind.
-        BadCheckpoint: a scale is not finite in float16.
+        BadWeights: a scale is not finite in float16.
     """
     with folder_written_atomically(folder) as temporary:
         tensors = packed_tensors(model, dtype)
@@ -102,8 +102,9 @@ def _storable(name: str, layer: BinaryLinear) -> tuple[Tensor, Tensor]:
     scale = layer.weight_scale.detach().to("cpu", torch.float32)
     half = scale.abs().to(torch.float16)
     if not bool(half.isfinite().all()):
-        raise BadCheckpoint(
-            f"{name}: a scale is beyond float16 (largest {float(scale.abs().max()):g})", "lower scale_lr"
+        raise BadWeights(
+            f"{name}: a scale is {float(scale.abs().max()):g}, beyond float16 (at most 65504)",
+            "the model's own weights are that large, or scale_lr is too high",
         )
     if not bool((scale < 0).any()):
         return layer.weight.detach().cpu().contiguous(), half.contiguous()

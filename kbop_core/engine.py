@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,6 +94,17 @@ def _limit_collectives(timeout_s: float) -> None:
         distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
+def _skip_unused_compilation() -> None:
+    """Keep DeepSpeed from compiling an optimizer nobody uses here: 6 s or more in every rank, at each start.
+
+    ZeRO imports its Muon only to ask whether an optimizer is one; a module with an empty class answers no.
+    """
+    name = "deepspeed.runtime.zero.muon.muon_optimizer"
+    stub = types.ModuleType(name)
+    stub.MuonWithAuxAdam = type("MuonWithAuxAdam", (), {})  # type: ignore[attr-defined]
+    sys.modules.setdefault(name, stub)
+
+
 class Engine:
     """The full-precision side of one training run.
 
@@ -105,6 +118,7 @@ class Engine:
     def __init__(
         self, model: nn.Module, groups: Sequence[dict[str, Any]], config: EngineConfig, timeout_s: float
     ) -> None:
+        _skip_unused_compilation()
         optimizer = torch.optim.AdamW(list(groups), betas=(0.9, 0.95), weight_decay=0.0)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config.to_deepspeed(), dist_init_required=False

@@ -30,7 +30,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kbop_core.convert import binary_layers, insert_empty
-from kbop_core.errors import BadCheckpoint, ModelError
+from kbop_core.errors import BadCheckpoint, BadWeights, ModelError
 from kbop_core.layers import BinaryLinear
 
 Model = PreTrainedModel
@@ -118,10 +118,17 @@ def load_model(location: str, revision: str | None = None, dtype: torch.dtype = 
 
     Raises:
         ModelError: anything transformers refuses, with its words.
+        BadWeights: a tensor that the configuration wants is missing or has another shape.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            location, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            location,
+            revision=revision,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
     except BadCheckpoint:
         raise
@@ -129,6 +136,12 @@ def load_model(location: str, revision: str | None = None, dtype: torch.dtype = 
         raise ModelError(
             f"cannot load {location}: {error}", "give a decoder-only model that transformers loads from safetensors"
         ) from error
+    absent = [*loading["missing_keys"], *(str(m[0]) for m in loading["mismatched_keys"])]
+    if absent:  # transformers would go on with random numbers in their place
+        raise BadWeights(
+            f"{location}: {len(absent)} tensors are missing or of another shape than config.json says, first {absent[0]}",
+            "repair or re-download the checkpoint",
+        )
     return model.eval().requires_grad_(False)
 
 
@@ -154,6 +167,11 @@ def source_dtype(model: PreTrainedModel, location: str, revision: str | None = N
     stated = getattr(AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False), "dtype", None)
     stated = getattr(torch, stated, None) if isinstance(stated, str) else stated
     return stated if isinstance(stated, torch.dtype) else model.dtype
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Token ids the model can read: rows of its embedding."""
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def save_metadata(source: str, revision: str | None, folder: Path, quantization: KbopConfig) -> None:

@@ -67,11 +67,15 @@ def _rows(kind: str, path: Path) -> list[str]:
         if kind == "parquet" and pyarrow.parquet.read_metadata(path).num_rows == 0:
             return []
         table = datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True)
-        return [str(row["text"]) for row in table if row["text"] is not None]
+        texts = [row["text"] for row in table if row["text"] is not None]
     except KeyError:
         raise DataError(f"{path.name} has no field `text`", "each row needs its text in a field of that name") from None
     except Exception as error:  # parse errors of pyarrow and of the loader come as many types
         raise DataError(f"{path.name} cannot be read as {kind}: {error}", "repair or convert the file") from error
+    other = next((t for t in texts if not isinstance(t, str)), None)
+    if other is not None:
+        raise DataError(f"{path.name}: a `text` is {other!r}, not a string", "put each text in quotes")
+    return texts
 
 
 def _check_utf8(path: Path) -> None:

@@ -45,7 +45,8 @@ def save_state(folder: Path, step: int, engine: Engine, kbop: KBOP, gang: Gang) 
     final = folder / f"step-{step:08d}"
     temporary = folder / f".{final.name}.parts"
     if gang.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in folder.glob(".step-*"):  # of an attempt that died, or of a full disk
+            shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
     barrier(gang)
     try:

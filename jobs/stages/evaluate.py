@@ -4,6 +4,7 @@ the report.
 
 from __future__ import annotations
 
+import math
 import resource
 from collections.abc import Iterator
 from typing import Any
@@ -29,24 +30,22 @@ PROMPT_TOKENS, SAMPLE_TOKENS, SAMPLES = 16, 48, 3
 def evaluate(space: Workspace) -> dict[str, Any]:
     """Score every model on every set, and write report.json and report.html."""
     sets = space.evaluation_sets()
-    rows: dict[str, dict[str, Any]] = {
-        name: {"set": name, "protocol": w.protocol, "tokens": w.predicted} for name, w in sets
-    }
+    rows: list[dict[str, Any]] = [{"set": name, "protocol": w.protocol, "tokens": w.predicted} for name, w in sets]
     packed: Model | None = None
     for number, (kind, model) in enumerate(_models(space)):
         packed = model if kind == "kbop" else packed
-        for name, windows in sets:
+        for row, (_, windows) in zip(rows, sets, strict=True):
             quality = _score(space, model, windows, compare=kind == "kbop")
-            rows[name][kind] = quality.perplexity
+            row[kind] = quality.perplexity if math.isfinite(quality.perplexity) else None  # JSON has no infinity
             if kind == "kbop":
-                rows[name]["kl_to_teacher"] = quality.kl_to_teacher
-                rows[name]["teacher_top1_agreement"] = quality.top1_agreement
+                row["kl_to_teacher"] = quality.kl_to_teacher
+                row["teacher_top1_agreement"] = quality.top1_agreement
         space.journal.progress(number + 1, 4)
     memory = _peak_memory(space)
     if space.leads:
         assert packed is not None
-        write_report(space, list(rows.values()), _samples(space, packed, sets), memory)
-    return {"perplexity": list(rows.values())}
+        write_report(space, rows, _samples(space, packed, sets), memory)
+    return {"perplexity": rows}
 
 
 def _models(space: Workspace) -> Iterator[tuple[str, nn.Module]]:

@@ -1,15 +1,14 @@
-"""Starts real ranks: one process each, joined by gloo, running the scenarios of ranks.py once per number of ranks.
-
-A rank takes seconds to import torch and DeepSpeed, so all scenarios of a number of ranks share one set of processes.
-"""
+"""Starts the ranks of ranks.py once for all tests, and hands out what each left."""
 
 from __future__ import annotations
 
+import json
 import os
-import socket
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,69 +18,45 @@ import pytest
 import torch
 
 #: After which ranks that hang are ended, seconds.
-LIMIT_S = 200
-
-#: Number of ranks → scenarios they run, in this order (ranks.py holds them).
-SCENARIOS = {
-    1: ["collectives", "exact_flips", "small_layers", "quality", "init", "dyadic_engine", "resume", "full_disk"],
-    2: ["collectives", "exact_flips", "overlap", "small_layers", "nan_gradient", "missing_gradient", "quality", "init"]
-    + ["dyadic_engine", "resume", "nan_loss"],
-    3: ["collectives", "small_layers", "quality", "init", "resume"],
-}
+LIMIT_S = 250
 
 #: (number of ranks, scenario, rank) → what that rank returned.
 Outcome = Callable[[int, str, int], Any]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def start_rank(rank: int, size: int, port: int, folder: Path) -> subprocess.Popen[bytes]:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+@pytest.fixture(scope="session")
+def all_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs 1, 2 and 3 ranks; each number has a folder in this one."""
+    folder = tmp_path_factory.mktemp("ranks")
     fixed = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment = os.environ | fixed | {name: str(value) for name, value in place.items()}
-    command = [sys.executable, str(Path(__file__).with_name("ranks.py")), str(folder), *SCENARIOS[size]]
-    with (folder / f"log-{rank}").open("wb") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-
-
-def run_ranks(size: int, folder: Path) -> None:
-    """Run all scenarios of `size` ranks; their logs are part of the failure when one does not end well."""
-    port = free_port()
-    ranks = [start_rank(rank, size, port, folder) for rank in range(size)]
-    try:
-        codes = [rank.wait(LIMIT_S) for rank in ranks]
-    except subprocess.TimeoutExpired:
-        codes = [-1] * size
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    if any(codes):
-        logs = "\n".join((folder / f"log-{rank}").read_text(errors="replace")[-3000:] for rank in range(size))
-        raise RuntimeError(f"{size} ranks ended with {codes}\n{logs}")
+    command = [sys.executable, str(Path(__file__).with_name("ranks.py")), str(folder)]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command, env=os.environ | fixed, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            process.wait(LIMIT_S)
+        except subprocess.TimeoutExpired:
+            pass  # the folder of the ranks that hang has no codes.json: their tests fail with their logs
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the session that this fixture made, ranks included
+            process.wait()
+    return folder
 
 
 @pytest.fixture(scope="session")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """Number of ranks → the folder they worked in; the first call runs them, a failed run fails every later call."""
-    finished: dict[int, Path | RuntimeError] = {}
+def run_folder(all_runs: Path) -> Callable[[int], Path]:
+    """Number of ranks → the folder they worked in; fails with their logs when they did not end well."""
 
     def folder_of(size: int) -> Path:
-        if size not in finished:
-            folder = tmp_path_factory.mktemp(f"ranks-{size}")
-            try:
-                run_ranks(size, folder)
-                finished[size] = folder
-            except RuntimeError as error:
-                finished[size] = error
-        found = finished[size]
-        if isinstance(found, RuntimeError):
-            raise found
-        return found
+        folder = all_runs / str(size)
+        codes = folder / "codes.json"
+        if not codes.is_file() or any(json.loads(codes.read_text())):
+            logs = [all_runs / "log", *sorted(folder.glob("log-*"))]
+            words = [p.read_text(errors="replace")[-3000:] for p in logs if p.is_file()]
+            pytest.fail("\n".join([f"{size} ranks did not end well", *words]))
+        return folder
 
     return folder_of
 

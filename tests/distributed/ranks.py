@@ -1,12 +1,19 @@
-"""One rank: joins the others, runs the scenarios named on its command line and leaves what each returned in a file.
+"""Real ranks, joined by gloo: for each number of them, that many processes run the scenarios and leave the outcomes.
 
-    RANK=0 WORLD_SIZE=2 … python ranks.py FOLDER SCENARIO…
+    python ranks.py FOLDER
+
+Importing torch, transformers and DeepSpeed costs a rank seconds, so this process imports them once and forks the ranks
+before anything has started a thread. FOLDER/N then holds scenario-RANK.pt, log-RANK and codes.json of N ranks.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import socket
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import scenarios_gang
@@ -15,9 +22,23 @@ import torch
 
 from kbop_core.engine import gang_of_ranks
 
+#: Number of ranks → scenarios they run, in this order.
+SCENARIOS = {
+    1: ["collectives", "exact_flips", "small_layers", "quality", "init", "dyadic_engine", "resume", "full_disk"],
+    2: ["collectives", "exact_flips", "overlap", "small_layers", "nan_gradient", "missing_gradient", "quality", "init", "dyadic_engine", "resume", "nan_loss"],
+    3: ["collectives", "small_layers", "quality", "init", "resume"],
+}
 
-def main(folder: Path, names: list[str]) -> None:
-    torch.set_num_threads(1)
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_scenarios(names: Sequence[str], folder: Path) -> None:
+    """What one rank does; an exception is an outcome like any other."""
     scenarios = scenarios_gang.SCENARIOS | scenarios_training.SCENARIOS
     with gang_of_ranks("cpu", timeout_s=60.0) as gang:
         for name in names:
@@ -28,5 +49,37 @@ def main(folder: Path, names: list[str]) -> None:
             torch.save(result, folder / f"{name}-{gang.rank}.pt")
 
 
+def fork_rank(rank: int, size: int, port: int, folder: Path) -> int:
+    """Start a rank; in the child this never returns."""
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        log = os.open(folder / f"log-{rank}", os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in place.items()})
+        run_scenarios(SCENARIOS[size], folder)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main(folder: Path) -> None:
+    """Run every number of ranks, one after the other."""
+    torch.set_num_threads(1)
+    for size in SCENARIOS:
+        (folder / str(size)).mkdir()
+        port = free_port()
+        children = [fork_rank(rank, size, port, folder / str(size)) for rank in range(size)]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        (folder / str(size) / "codes.json").write_text(json.dumps(codes))
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]))

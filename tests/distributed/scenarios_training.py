@@ -30,7 +30,7 @@ WINDOWS = 6  # a step: divides by one, two and three ranks
 
 
 class WholeNumbers(nn.Module):
-    """Two binary layers on whole-number inputs with scales of 1: every number up to the gradients is exact in float32."""
+    """Two binary layers, whole-number inputs, scales of 1: every number up to the gradients is exact in float32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,10 +153,15 @@ def full_disk(gang: Gang, folder: Path) -> dict[str, dict[str, Any]]:
         except Exception as caught:
             error = type(caught).__name__
         newest = newest_state(checkpoints, gang.size, lambda _: None)
-        written = {p.name for p in checkpoints.rglob("*") if ".parts" in str(p) and p.is_file() and p.stat().st_size > size // 2}
+        parts = [p for p in checkpoints.glob(".*.parts/*.safetensors") if p.stat().st_size > size // 4]
         save_state(checkpoints, 3, run.engine, run.kbop, gang)
         names = sorted(p.name for p in checkpoints.iterdir())
-        results[kind] = {"error": error, "newest": newest and newest.name, "written": written, "names_after": names}
+        results[kind] = {
+            "error": error,
+            "newest": newest and newest.name,
+            "whole": [p.name for p in parts],
+            "names_after": names,
+        }
     run.engine.close()
     return results
 

@@ -91,8 +91,9 @@ def test_a_rank_holds_all_bits_and_its_share_of_the_evidence(size: int, outcome:
     alone = outcome(1, "small_layers", 0)
     bits = sum(b.nbytes for b in alone["bits"][0].values())
     for rank in ranks(size):
-        evidence = outcome(size, "small_layers", rank)["evidence"]
-        assert outcome(size, "small_layers", rank)["state_bytes"] == bits + sum(2 * e.numel() for e in evidence.values())
+        found = outcome(size, "small_layers", rank)
+        evidence = found["evidence"]
+        assert found["state_bytes"] == bits + sum(2 * e.numel() for e in evidence.values())
         assert all(len(e) <= -(-len(alone["evidence"][name]) // size) for name, e in evidence.items())
 
 

@@ -1,4 +1,4 @@
-"""Fixtures for the core: one thread, a seeded generator, tiny models of every family with a tokenizer of whole words."""
+"""Fixtures for the core: one thread, a seeded generator, tiny models of every family with a tokenizer."""
 
 from __future__ import annotations
 

@@ -48,7 +48,8 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list
     """(kind → error and message, folder with a folder for each kind)."""
     folder = tmp_path_factory.mktemp("small-disk")
     command = [sys.executable, "-c", SCRIPT, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"DS_ACCELERATOR": "cpu"})
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1]), folder
 
 

@@ -114,7 +114,7 @@ def test_nothing_flips_after_the_end_of_the_schedule(step: int) -> None:
 
 @pytest.mark.parametrize("peak", [-1e-9, 0.500001, 1.0, math.inf, math.nan])
 def test_an_illegal_flip_rate_is_refused_with_its_legal_range(peak: float) -> None:
-    with pytest.raises(ValueError, match="flip_rate is .* 0 … 0.5"):
+    with pytest.raises(ValueError, match=r"flip_rate is .* 0 … 0\.5"):
         FlipSchedule(peak, 10, 1)
 
 
