@@ -58,7 +58,7 @@ class Shape:
 
 SHAPES = (
     Shape("1 M weights", 128, 384, 6, 256, 8),
-    Shape("13 M weights", 512, 1408, 4, 256, 8),
+    Shape("6 M weights", 512, 1408, 2, 256, 8),
 )
 
 

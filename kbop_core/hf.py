@@ -139,7 +139,7 @@ def load_model(location: str, revision: str | None = None, dtype: torch.dtype = 
     absent = [*loading["missing_keys"], *(str(m[0]) for m in loading["mismatched_keys"])]
     if absent:  # transformers would go on with random numbers in their place
         raise BadWeights(
-            f"{location}: {len(absent)} tensors are missing or of another shape than config.json says, first {absent[0]}",
+            f"{location}: {len(absent)} tensors are missing or not of config.json's shape, first {absent[0]}",
             "repair or re-download the checkpoint",
         )
     return model.eval().requires_grad_(False)

@@ -25,7 +25,19 @@ from kbop_core.engine import gang_of_ranks
 #: Number of ranks → scenarios they run, in this order.
 SCENARIOS = {
     1: ["collectives", "exact_flips", "small_layers", "quality", "init", "dyadic_engine", "resume", "full_disk"],
-    2: ["collectives", "exact_flips", "overlap", "small_layers", "nan_gradient", "missing_gradient", "quality", "init", "dyadic_engine", "resume", "nan_loss"],
+    2: [
+        "collectives",
+        "exact_flips",
+        "overlap",
+        "small_layers",
+        "nan_gradient",
+        "missing_gradient",
+        "quality",
+        "init",
+        "dyadic_engine",
+        "resume",
+        "nan_loss",
+    ],
     3: ["collectives", "small_layers", "quality", "init", "resume"],
 }
 
