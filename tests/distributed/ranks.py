@@ -22,23 +22,21 @@ import torch
 
 from kbop_core.engine import gang_of_ranks
 
+EVERY = ("collectives", "small_layers", "quality", "init", "resume")
 #: Number of ranks → scenarios they run, in this order.
 SCENARIOS = {
-    1: ["collectives", "exact_flips", "small_layers", "quality", "init", "dyadic_engine", "resume", "full_disk"],
-    2: [
-        "collectives",
+    1: (*EVERY, "exact_flips", "dyadic_engine", "full_disk", "dropout", "zero_stages"),
+    2: (
+        *EVERY,
         "exact_flips",
+        "dyadic_engine",
         "overlap",
-        "small_layers",
         "nan_gradient",
         "missing_gradient",
-        "quality",
-        "init",
-        "dyadic_engine",
-        "resume",
         "nan_loss",
-    ],
-    3: ["collectives", "small_layers", "quality", "init", "resume"],
+        "zero_stages",
+    ),
+    3: EVERY,
 }
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tiny import make_llama, make_windows
+from tiny import make_gpt2_with_dropout, make_llama, make_windows
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from kbop_core.convert import convert_plain, plan_conversion
 from kbop_core.engine import Engine, EngineConfig
@@ -69,11 +71,16 @@ def dyadic_engine(gang: Gang, folder: Path) -> dict[str, Any]:
 # -- training and its checkpoints -------------------------------------------------------------------------------------
 
 
-def begin(gang: Gang, teacher_seed: int = 0, windows: Tensor | None = None) -> Run:
-    teacher, student = make_llama(teacher_seed), make_llama(0)
+def begin(
+    gang: Gang,
+    windows: Tensor | None = None,
+    config: TrainConfig = CONFIG,
+    make: Callable[[int], PreTrainedModel] = make_llama,
+) -> Run:
+    teacher, student = make(0), make(0)
     convert_plain(student, plan_conversion(student, 4), trainable=True)
     layout = StepLayout(16, WINDOWS, gang.size, 1 if gang.size == 2 else WINDOWS // gang.size)
-    return start_run(student, teacher, make_windows(13, 16) if windows is None else windows, CONFIG, layout, gang)
+    return start_run(student, teacher, make_windows(13, 16) if windows is None else windows, config, layout, gang)
 
 
 def snapshot(run: Run) -> dict[str, Tensor]:
@@ -84,9 +91,9 @@ def snapshot(run: Run) -> dict[str, Tensor]:
     return {name: t.detach().clone() for name, t in {**values, **dict(model.named_parameters())}.items()}
 
 
-def resume(gang: Gang, folder: Path) -> dict[str, Any]:
+def resume(gang: Gang, folder: Path, config: TrainConfig = CONFIG, name: str = "checkpoints") -> dict[str, Any]:
     """Train, save after steps 1, 2 and 3, go on; then start anew from the newest checkpoint and go on again."""
-    checkpoints, run = folder / "checkpoints", begin(gang)
+    checkpoints, run = folder / name, begin(gang, config=config)
     losses = []
     for metrics in train(run, range(3)):
         losses.append(metrics.loss)
@@ -96,7 +103,7 @@ def resume(gang: Gang, folder: Path) -> dict[str, Any]:
     went_on = snapshot(run)
     run.engine.close()
 
-    again, warnings = begin(gang), []
+    again, warnings = begin(gang, config=config), []
     newest = newest_state(checkpoints, gang.size, warnings.append)
     assert newest is not None
     start = load_state(newest, again.engine, again.kbop, gang)
@@ -106,6 +113,22 @@ def resume(gang: Gang, folder: Path) -> dict[str, Any]:
     again.engine.close()
     states = {"saved": saved, "loaded": loaded, "went_on": went_on, "resumed": resumed}
     return states | {"start": start, "losses": losses, "resumed_losses": more, "warnings": warnings}
+
+
+def zero_stages(gang: Gang, folder: Path) -> dict[int, dict[str, Any]]:
+    """The same with the full-precision side whole, and with its gradients sharded too."""
+    return {stage: resume(gang, folder, replace(CONFIG, zero_stage=stage), f"zero-{stage}") for stage in (0, 2)}
+
+
+def dropout(gang: Gang, folder: Path) -> list[list[float]]:
+    """Losses of two runs of a model whose config asks for dropout; the global dice differ."""
+    losses = []
+    for seed in range(2):
+        run = begin(gang, make=make_gpt2_with_dropout)
+        torch.manual_seed(seed)
+        losses.append([metrics.loss for metrics in train(run, range(3))])
+        run.engine.close()
+    return losses
 
 
 def nan_loss(gang: Gang, folder: Path) -> dict[str, Any]:
@@ -166,4 +189,4 @@ def full_disk(gang: Gang, folder: Path) -> dict[str, dict[str, Any]]:
     return results
 
 
-SCENARIOS = {f.__name__: f for f in (dyadic_engine, resume, nan_loss, full_disk)}
+SCENARIOS = {f.__name__: f for f in (dyadic_engine, resume, zero_stages, dropout, nan_loss, full_disk)}

@@ -76,6 +76,28 @@ def test_ranks_agree_on_everything_but_their_shards(size: int, outcome: Outcome)
         assert found["losses"] == outcome(size, "resume", 0)["losses"]
 
 
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("size", [1, 2])
+def test_resuming_is_exact_with_every_zero_stage(stage: int, size: int, outcome: Outcome) -> None:
+    for rank in range(size):
+        found = outcome(size, "zero_stages", rank)[stage]
+        assert differing(found["resumed"], found["went_on"]) == []
+        assert found["resumed_losses"] == found["losses"][3:]
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_zero_stage_decides_where_things_are_not_what_they_become(stage: int, size: int, outcome: Outcome) -> None:
+    usual, other = outcome(size, "resume", 0)["went_on"], outcome(size, "zero_stages", 0)[stage]["went_on"]
+    for name, tensor in usual.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_whose_config_asks_for_dropout_trains_without_it(outcome: Outcome) -> None:
+    first, second = outcome(1, "dropout", 0)
+    assert first == second
+
+
 def test_training_lowers_the_loss(outcome: Outcome) -> None:
     losses = outcome(1, "resume", 0)["losses"]
     assert losses[-1] < losses[0]
@@ -120,13 +142,17 @@ def flip_a_byte(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", ["a changed byte", "cut off", "a missing file", "no manifest", "half a manifest"])
+@pytest.mark.parametrize(
+    "damage", ["a changed byte", "cut off", "a missing file", "no manifest", "half a manifest", "[] as manifest"]
+)
 def test_a_damaged_newest_checkpoint_is_skipped_for_the_one_before(damage: str, checkpoints: Path) -> None:
     path = checkpoints / "step-00000003" / ("manifest.json" if "manifest" in damage else "rank-1.safetensors")
     if damage == "a changed byte":
         flip_a_byte(path)
     elif damage in ("cut off", "half a manifest"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif damage == "[] as manifest":
+        path.write_text("[]")
     else:
         path.unlink()
     newest, warnings = newest_name(checkpoints)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
 VOCABULARY = 40
 
@@ -28,6 +28,14 @@ def make_llama(seed: int) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         parameter *= 1.0 if name.endswith("norm.weight") else 5.0
     return model
+
+
+def make_gpt2_with_dropout(seed: int) -> PreTrainedModel:
+    """A tiny GPT-2 that drops half of everything in training mode."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 12, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    config = GPT2Config(**sizes, embd_pdrop=0.5, resid_pdrop=0.5, attn_pdrop=0.5, bos_token_id=1, eos_token_id=2)
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
 def make_windows(count: int, context: int) -> Tensor:

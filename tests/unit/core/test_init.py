@@ -25,7 +25,7 @@ def error(model: nn.Module, wanted: Tensor, ids: Tensor) -> float:
         return float((model(input_ids=ids).logits - wanted).square().mean() / wanted.square().mean())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt", "gpt_neox"])
 def test_fitting_lowers_the_output_error_of_the_whole_model(
     family: str, tiny_model: MakeModel, token_ids: Tensor
 ) -> None:

@@ -165,6 +165,17 @@ def test_each_layer_has_its_own_count_and_the_rate_is_over_all() -> None:
     assert stats.rate == pytest.approx(104 / 1040)
 
 
+@pytest.mark.parametrize("power", [-40, 40])
+def test_the_unit_of_the_loss_does_not_matter(power: int) -> None:
+    layers = [make_layer(5, 129), make_layer(5, 129)]
+    optimizers = [make_kbop({"a": layer}) for layer in layers]
+    for gradient in gradients(5, 129, 8):
+        give(layers[0], gradient)
+        give(layers[1], gradient * 2.0**power)
+        assert optimizers[0].step().flips == optimizers[1].step().flips != {"a": 0}
+    assert torch.equal(layers[0].weight, layers[1].weight)
+
+
 # -- the contract -----------------------------------------------------------------------------------------------------
 
 
