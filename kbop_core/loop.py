@@ -149,7 +149,7 @@ def start_run(
         windows_NT: training windows on the CPU, int64 (N, T).
     """
     device = next(student.parameters()).device
-    student.train().requires_grad_(True)
+    student.eval().requires_grad_(True)  # no dropout: it would blur the teacher, and make a resumed run another one
     scales = [p for n, p in student.named_parameters() if n.endswith(".weight_scale")]
     others = [p for n, p in student.named_parameters() if not n.endswith(".weight_scale")]
     groups = [{"params": scales, "lr": config.scale_lr}, {"params": others, "lr": config.other_lr}]

@@ -108,7 +108,7 @@ def _problem(folder: Path, ranks: int) -> str | None:
         if manifest["ranks"] != ranks:
             return f"written by {manifest['ranks']} ranks, this run has {ranks}"
         changed = [name for name, digest in manifest["files"].items() if sha256(folder / name) != digest]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"unreadable ({error})"
     return f"{changed[0]} is not what was written" if changed else None
 
