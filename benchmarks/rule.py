@@ -72,7 +72,7 @@ class Bench:
         return self.perplexity(student)
 
     def latent(self, from_init: bool) -> float:
-        student = load_model(self.source).requires_grad_(True).train()
+        student = load_model(self.source).requires_grad_(True)
         layers = convert_latent(student, self.plan)
         if from_init:
             with torch.no_grad():

@@ -72,6 +72,7 @@ def rank_environment(base: Mapping[str, str], launch: Launch, rank: int) -> dict
         "KBOP_DEVICE": kind,
         "CUDA_VISIBLE_DEVICES": ",".join(visible),
         "DS_ACCELERATOR": kind,
+        "GLOO_SOCKET_IFNAME": "lo",  # all ranks are on this host; the host's name may lead anywhere
         "DS_BUILD_OPS": "0",
         "PYTHONUNBUFFERED": "1",
         TAG_VARIABLE: attempt_tag(launch.job_id, launch.attempt),

@@ -11,7 +11,7 @@ Refuses to create, read or write any of them.
           stages/<stage>.json    done markers
           packed/                checkpoint to publish, with manifest.json
           report/                report.json, report.html
-        attempts/<n>/            launch.json runner.json events.jsonl memory.json error.json exit.json *.log
+        attempts/<n>/            launch.json runner.json events.jsonl error.json exit.json *.log
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from jobs.stages.init import init
 from jobs.stages.pack import pack
 from jobs.stages.prepare import prepare
 from jobs.stages.train import train
+from jobs.stop import StopAsked
 from jobs.workspace import Workspace
 from kbop_core.engine import barrier
 
@@ -43,6 +44,8 @@ def run_pipeline(space: Workspace) -> None:
             write_json(space.work / "stages" / f"{name}.json", {**facts, "seconds": seconds, "attempt": space.attempt})
         barrier(space.gang)
         space.journal.stage(name, "finished", seconds)
+        if space.stop.asked:  # it came while the stage's result was being saved
+            raise StopAsked
 
 
 def _done_everywhere(space: Workspace, name: str) -> bool:

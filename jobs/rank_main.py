@@ -10,18 +10,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 
 from jobs.process import PARENT_VARIABLE, die_with_parent
-
-EXIT_STOPPED = 75
-#: After which ranks that wait for each other give up, seconds. Rank 0 alone prepares and packs, which takes long.
-GANG_TIMEOUT_S = 7200.0
+from jobs.stop import EXIT_STOPPED, Stop, StopAsked
 
 
 @dataclass(frozen=True)
@@ -35,30 +30,13 @@ class RankError:
     origin: str
 
 
-class _Stop:
-    """Remembers SIGTERM. In training it is looked at after each step; elsewhere a second one, or time, ends us."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.training = False
-
-    def __call__(self) -> bool:
-        self.training = True
-        return self.asked
-
-    def handle(self, _number: int, _frame: FrameType | None) -> None:
-        self.asked = True
-        if not self.training:
-            os._exit(EXIT_STOPPED)  # stages other than training start again from their beginning
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the pipeline on this rank; returns the exit status."""
     parent = os.environ.get(PARENT_VARIABLE)
     die_with_parent(int(parent) if parent else None)
     options = _parse(arguments)
-    stop = _Stop()
-    signal.signal(signal.SIGTERM, stop.handle)
+    stop = Stop()
+    stop.listen()
     attempt_dir = options.job_dir / "attempts" / str(options.attempt)
     try:
         return _run(options.job_dir, options.attempt, stop)
@@ -71,17 +49,17 @@ def main(arguments: list[str] | None = None) -> int:
         os._exit(1 if known else 70)  # other ranks may hang in a collective: no orderly teardown with them
 
 
-def _run(job_dir: Path, attempt: int, stop: _Stop) -> int:
+def _run(job_dir: Path, attempt: int, stop: Stop) -> int:
     import torch
 
     from jobs.journal import Journal
     from jobs.pipeline import run_pipeline
     from jobs.spec import JobSpec
-    from jobs.stages.train import StopAsked
-    from jobs.workspace import Workspace
+    from jobs.workspace import GANG_TIMEOUT_S, Workspace
     from kbop_core.engine import gang_of_ranks
 
     kind = os.environ.get("KBOP_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
+    (job_dir / "attempts" / str(attempt)).mkdir(parents=True, exist_ok=True)  # missing when started by hand
     spec = JobSpec.model_validate_json((job_dir / "spec.json").read_text(encoding="utf-8"))
     with gang_of_ranks(kind, GANG_TIMEOUT_S) as gang:
         device = torch.device("cpu" if kind == "cpu" else f"cuda:{torch.cuda.current_device()}")
@@ -97,12 +75,15 @@ def _run(job_dir: Path, attempt: int, stop: _Stop) -> int:
 def describe(error: Exception) -> RankError | None:
     """A known error in the words of `error.json`; None for one nobody expected."""
     from jobs.errors import JobsError
+    from kbop_core.checkpoint import is_disk_full
     from kbop_core.errors import KbopError
 
     if isinstance(error, KbopError):
         return RankError(error.code, error.message, error.hint, error.retryable, error.origin)
     if isinstance(error, JobsError):
         return RankError(error.code, str(error), getattr(error, "hint", ""), False, "user")
+    if is_disk_full(error):
+        return RankError("disk_full", "no space left on the device", "free disk space and resume", True, "system")
     text = str(error)
     if "EADDRINUSE" in text or "address already in use" in text.lower():
         return RankError(

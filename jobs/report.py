@@ -2,6 +2,8 @@
 
 report.json, field by field:
 
+data          how text was read: tokenizer, whether it begins with BOS, contexts, sha256 of the training text
+dtype         of activations and full-precision weights while evaluating
 perplexity[]  per evaluation set: `protocol`, predicted `tokens`, the perplexity of the `teacher`, of `plain`
               sign × mean, after BNN `init` and of the packed file (`kbop`); `kl_to_teacher` (nats per token)
               and `teacher_top1_agreement` (share of positions) of the packed file; null: beyond any number
@@ -31,6 +33,7 @@ from typing import Any
 import jinja2
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from safetensors import safe_open
 
 from jobs.stages.train import read_metrics
@@ -72,6 +75,7 @@ def build_report(
         "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         "ranks": space.gang.size,
         "device": space.device.type,
+        "dtype": str(next(space.teacher.parameters()).dtype).removeprefix("torch."),
         "attempts": space.attempt,
         "perplexity": list(perplexity),
         "bits": _bits(space),
@@ -81,6 +85,7 @@ def build_report(
         "training": {
             "steps": training["steps"],
             "tokens": training["tokens"],
+            "tokens_per_step": training.get("tokens_per_step"),
             "curve": [{k: m[k] for k in ("step", "loss", "flip_rate")} for m in metrics[::stride]],
         },
         "samples": list(samples),
@@ -144,6 +149,9 @@ def _perplexity_plot(rows: Sequence[dict[str, Any]]) -> str:
         axes.bar_label(bars, ["infinite" if v is None else f"{v:.4g}" for v in values], padding=3, fontsize=8)
     axes.set_yticks([row + 0.3 for row in range(len(rows))], [row["set"] for row in rows])
     axes.set(xscale="log", xlabel="perplexity (logarithmic; less is better)")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.15)
     axes.invert_yaxis()
     axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=4)
@@ -154,7 +162,8 @@ def _curve_plot(curve: Sequence[dict[str, float]], key: str, label: str) -> str:
     figure = Figure(figsize=(7, 2.4), layout="constrained")
     axes = figure.add_subplot()
     axes.plot([p["step"] for p in curve], [p[key] for p in curve], linewidth=1.2)
-    axes.set(xlabel="step", ylabel=label)
+    axes.set(xlabel="step")
+    axes.set_title(label, fontsize=10, loc="left")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     return _svg(figure, f"{label} over training steps")

@@ -39,7 +39,6 @@ from jobs.gang import RANK_COMMAND, Gang, Launch
 from jobs.heartbeat import Heartbeat
 from jobs.json_files import write_json
 from jobs.layout import artifacts_dir, attempt_dir, job_dir
-from jobs.memory import MemoryPeak
 from jobs.process import ProcessIdentity, become_subreaper, free_port
 from jobs.publish import publish
 from jobs.records import Failure, JobStatus, Lease
@@ -178,13 +177,11 @@ class _Attempt:
     def _watch(self, gang: Gang, heartbeat: Heartbeat) -> GangEnd:
         """Until every rank has ended: carry events, and walk the stop ladder when there is a reason to."""
         forwarder = EventForwarder(self.store, self.lease, self.folder / "events.jsonl")
-        memory = MemoryPeak(self.folder / "memory.json", len(gang.pids))
         first_failed: tuple[int, ...] = ()
         kill_at: float | None = None
         while None in (codes := gang.poll()):
             heartbeat.check()
             forwarder.forward()
-            memory.sample(gang.pids)
             if kill_at is None:
                 first_failed = self._failed(codes, heartbeat)
                 grace = self._grace(bool(first_failed), heartbeat)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -21,6 +22,9 @@ SourceName = Annotated[str, Field(min_length=1, max_length=4096)]
 
 #: Training tokens of each effort level when `method.tokens` is not given. `quick` is BNN Init alone.
 EFFORT_TOKENS: dict[str, int] = {"quick": 0, "standard": 800_000, "max": 4_000_000}
+
+#: Fields of `method` that only training reads.
+TRAINING_FIELDS = ("batch_tokens", "flip_rate", "momentum", "scale_lr", "other_lr")
 
 
 class Strict(BaseModel):
@@ -67,7 +71,7 @@ class MethodSpec(Strict):
         default=4e-3, description="Flips' learning rate: peak share of each layer's signs flipped in a step."
     )
     momentum: float = Field(
-        default=0.98, ge=0.0, lt=1.0, description="Decay of the gradient average that decides the flips."
+        default=0.98, ge=0.0, le=0.995, description="Decay of the gradient average that decides the flips."
     )
     scale_lr: LearningRate = Field(default=3e-3, description="Peak AdamW learning rate of the scales.")
     other_lr: LearningRate = Field(
@@ -76,6 +80,10 @@ class MethodSpec(Strict):
     calibration_tokens: int = Field(
         default=32_768, ge=1, le=2**28, description="Training tokens that BNN Init measures the layers' inputs on."
     )
+
+    def changed(self, fields: Sequence[str]) -> list[str]:
+        """Those of `fields` that differ from their defaults."""
+        return [f for f in fields if getattr(self, f) != type(self).model_fields[f].default]
 
 
 class ResourceSpec(Strict):
@@ -133,6 +141,12 @@ class JobSpec(Strict):
     def _settings_take_effect(self) -> JobSpec:
         if self.method.effort == "quick" and self.method.tokens is not None:
             raise ValueError("method.tokens has no effect with effort 'quick' (no training): drop it or use 'standard'")
+        if self.method.effort == "quick" and (idle := self.method.changed(TRAINING_FIELDS)):
+            raise ValueError(f"method.{idle[0]} has no effect with effort 'quick' (no training): drop it")
+        if self.init == "random" and self.method.changed(("calibration_tokens",)):
+            raise ValueError("method.calibration_tokens has no effect with init 'random': drop it")
+        if self.method.effort == "max" and self.method.tokens is not None:
+            raise ValueError("method.tokens replaces what effort 'max' stands for: give one of the two")
         if self.method.effort == "quick" and self.init == "random":
             raise ValueError("effort 'quick' keeps the initial signs, which are random here: use 'standard' or 'max'")
         return self

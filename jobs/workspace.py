@@ -11,7 +11,6 @@ work/
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,11 +22,15 @@ from jobs.journal import Journal
 from jobs.json_files import read_json
 from jobs.sources import ModelSource, locate_model
 from jobs.spec import JobSpec
+from jobs.stop import Stop
 from kbop_core.convert import ConversionPlan, plan_conversion
 from kbop_core.hf import Model, Tokenizer, load_model, load_tokenizer
 from kbop_core.loop import StepLayout, layout_steps
 from kbop_core.shard import Gang
 from kbop_core.text import Windows
+
+#: After which ranks that wait for each other outside training give up, seconds. Rank 0 alone prepares and packs.
+GANG_TIMEOUT_S = 7200.0
 
 
 @dataclass
@@ -41,7 +44,7 @@ class Workspace:
         gang: the ranks.
         device: of the models.
         journal: where progress goes; silent but on rank 0.
-        stopping: whether the runner asked us to stop (SIGTERM).
+        stop: whether the runner asked us to stop (SIGTERM), and when that may end the process.
     """
 
     job_dir: Path
@@ -50,7 +53,7 @@ class Workspace:
     gang: Gang
     device: torch.device
     journal: Journal
-    stopping: Callable[[], bool] = field(default=lambda: False)
+    stop: Stop = field(default_factory=Stop)
 
     @property
     def work(self) -> Path:

@@ -257,7 +257,8 @@ def is_disk_full(error: BaseException) -> bool:
     """Whether an error means that the disk, or the quota, is full."""
     text = str(error)
     return getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} or (
-        isinstance(error, SafetensorError) and ("No space left" in text or "File too large" in text)
+        (isinstance(error, SafetensorError) and ("No space left" in text or "File too large" in text))
+        or (isinstance(error, RuntimeError) and "PytorchStreamWriter failed" in text)  # torch.save, inside DeepSpeed
     )
 
 

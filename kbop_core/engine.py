@@ -8,6 +8,7 @@ because it would keep a 4-byte master copy of each, which is a latent weight.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import types
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
+from kbop_core.errors import NonFiniteGradient
 from kbop_core.shard import Gang
 
 
@@ -75,7 +77,7 @@ def gang_of_ranks(device: str, timeout_s: float) -> Iterator[Gang]:
     deepspeed.init_distributed(
         dist_backend={"cpu": "gloo", "cuda": "nccl"}[device], timeout=timedelta(seconds=timeout_s), verbose=False
     )
-    _limit_collectives(timeout_s)
+    limit_collectives(timeout_s)
     try:
         yield Gang(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
     finally:
@@ -88,8 +90,11 @@ def barrier(gang: Gang) -> None:
         dist.barrier(group=gang.group)
 
 
-def _limit_collectives(timeout_s: float) -> None:
-    """Give every process group our timeout: DeepSpeed makes its own with half an hour."""
+def limit_collectives(timeout_s: float) -> None:
+    """From now on, a collective of any group that hangs this long is an error, seconds.
+
+    To be called again when a stage begins that waits longer or less, and after DeepSpeed made groups of its own.
+    """
     for group in list(distributed_c10d._world.pg_map):
         distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
@@ -123,7 +128,13 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config.to_deepspeed(), dist_init_required=False
         )
-        _limit_collectives(timeout_s)
+        limit_collectives(timeout_s)
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """DeepSpeed's own data-parallel group, for KBOP's collectives too: with two communicators NCCL can deadlock."""
+        group: dist.ProcessGroup = self._engine.data_parallel_group
+        return group
 
     def __call__(self, ids_BT: Tensor) -> Tensor:
         """The student's logits (B, T, V)."""
@@ -135,8 +146,19 @@ class Engine:
         self._engine.backward(loss)
 
     def step(self) -> None:
-        """End a micro-step: at the last one of a step, update the parameters and forget the gradients."""
+        """End a micro-step: at the last one of a step, update the parameters and forget the gradients.
+
+        Raises:
+            NonFiniteGradient: the gradients' norm is not finite. Parameters in memory may be spoiled, checkpoints not.
+        """
+        boundary = self._engine.is_gradient_accumulation_boundary()
         self._engine.step()
+        norm = self._engine.get_global_grad_norm() if boundary else None
+        if norm is not None and not math.isfinite(float(norm)):
+            raise NonFiniteGradient(
+                f"the gradient of the full-precision parameters has norm {float(norm)}",
+                "resume from the last checkpoint with smaller learning rates",
+            )
 
     def set_learning_rates(self, rates: Sequence[float]) -> None:
         """One rate per parameter group, for the coming step."""
@@ -153,7 +175,7 @@ class Engine:
         Raises:
             ValueError: nothing there to load.
         """
-        path, _ = self._engine.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
+        path, _ = self._engine.load_checkpoint(str(folder), tag="engine", load_module_strict=True)
         if path is None:
             raise ValueError(f"{folder} holds no engine state")
 

@@ -21,13 +21,13 @@ layers and small rates flip too. Ties at the threshold do not flip; a zero gradi
 |---|---|---|
 | g | argument of the gradient sink, (O, I) | loss |
 | m | `_Shard.evidence`, bfloat16, (R, I) | loss |
-| u | `evidence_scores`, float32 | 1 |
+| u | `evidence_scores`, float32 | 1/loss: only its order within a layer matters |
 | η | `FlipSchedule.peak` | share of a layer's weights per step, 0 … 0.5 |
-| β | `KBOP(momentum=…)` | 1, 0 ≤ β < 1 |
+| β | `KBOP(momentum=…)` | 1, 0 ≤ β ≤ 0.995 |
 
 Sources: one average, a threshold adapted to the layer and a learning rate for the flips are KBOP's (OpenReview
-r16HwfP4HA, abstract and reviews); row × column normalisation, the exact share and the reset are ours
-(`make bench-rule`).
+r16HwfP4HA, abstract and reviews); row × column normalisation, the exact share and the reset are ours. r and c are
+those of the evidence itself, not of the gradient: no further state to keep or to shard (docs/quality.md).
 
 World-size independence: a bfloat16 has 8 significant bits, its square 16, so the float64 sums behind r and c are
 exact in
@@ -53,6 +53,9 @@ from kbop_core.errors import GradientContract, NonFiniteGradient
 from kbop_core.layers import BinaryLinear
 from kbop_core.shard import Gang
 
+#: Largest β: from 0.997 on a bfloat16 times β rounds back to itself, and evidence would never decay.
+MOST_MOMENTUM = 0.995
+
 # --------------------------------------------------------------------------------------------------------------------
 # The rule
 # --------------------------------------------------------------------------------------------------------------------
@@ -68,7 +71,7 @@ def evidence_scores(signs_RI: Tensor, evidence_RI: Tensor, row_R: Tensor, column
         column_I: c, mean square of m over each column's rows (all ranks), float64, ≥ 0.
 
     Returns:
-        float32 (R, I), unit 1; 0 where the evidence is 0, also in all-zero rows and columns.
+        float32 (R, I), unit 1/loss; 0 where the evidence is 0, also in all-zero rows and columns.
     """
     tiny = torch.finfo(torch.float32).tiny
     signs_RI *= evidence_RI
@@ -173,7 +176,7 @@ class KBOP:
     Args:
         layers: name → layer; every rank gives the same ones in the same order.
         schedule: η over time.
-        momentum: β, 0 ≤ β < 1. 0.98: see docs/quality.md.
+        momentum: β, 0 ≤ β ≤ 0.995. The default is explained in docs/quality.md.
         micro_steps: backward passes between two steps. Each layer must see exactly this many.
         gang: the ranks; the gradients of all are summed and divided by their number.
         in_flight: reduce-scatters allowed to overlap with the rest of backward.
@@ -188,8 +191,8 @@ class KBOP:
         gang: Gang | None = None,
         in_flight: int = 2,
     ) -> None:
-        if not 0.0 <= momentum < 1.0:
-            raise ValueError(f"momentum is {momentum}; legal: 0 ≤ momentum < 1")
+        if not 0.0 <= momentum <= MOST_MOMENTUM:
+            raise ValueError(f"momentum is {momentum}; legal: 0 ≤ momentum ≤ {MOST_MOMENTUM}")
         self.schedule, self.momentum, self.micro_steps = schedule, momentum, micro_steps
         self.gang, self.in_flight, self.steps_done = gang or Gang(), in_flight, 0
         self._pending: deque[tuple[_Shard, Callable[[], Tensor]]] = deque()
@@ -221,7 +224,9 @@ class KBOP:
 
     @torch.no_grad()
     def step(self) -> FlipStats:
-        """Flip, on every rank the same signs. Nothing changes when a gradient was not finite.
+        """Flip, on every rank the same signs. No sign changes when a gradient was not finite.
+
+        The evidence has taken that gradient in already, so the run goes on from its last checkpoint, not from memory.
 
         Raises:
             GradientContract: a layer's gradient did not arrive `micro_steps` times since the last step.
@@ -258,11 +263,13 @@ class KBOP:
         for shard in self.shards.values():
             squares = shard.evidence.float().square_()
             rows.append(squares.sum(1, dtype=torch.float64) / shard.layer.in_features)
-            columns.append(squares.sum(0, dtype=torch.float64) / shard.layer.out_features)
+            columns.append(squares.sum(0, dtype=torch.float64))
         summed = self.gang.sum(torch.cat(columns))
         if not bool(summed.isfinite().all()):
             self._raise_non_finite(summed.split([c.numel() for c in columns]))
-        return list(zip(rows, summed.split([c.numel() for c in columns]), strict=True))
+        parts = summed.split([c.numel() for c in columns])
+        totals = [shard.layer.out_features for shard in self.shards.values()]
+        return [(r, c / total) for r, c, total in zip(rows, parts, totals, strict=True)]
 
     def _raise_non_finite(self, columns: tuple[Tensor, ...]) -> None:
         names = [n for n, c in zip(self.shards, columns, strict=True) if not bool(c.isfinite().all())]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from kbop_core.text import WindowOrder
 
 @dataclass(frozen=True)
 class StepLayout:
-    """How the windows of one step are dealt to ranks and micro-steps. The same windows for any number of ranks.
+    """How the windows of one step are dealt to ranks and micro-steps: the same windows wherever `windows` is the same.
 
     Attributes:
         context: tokens in a window.
@@ -59,7 +59,7 @@ class StepLayout:
 
 
 def layout_steps(batch_tokens: int, context: int, ranks: int, max_micro_batch: int) -> StepLayout:
-    """The layout nearest to `batch_tokens` tokens a step, rounded up to whole windows on every rank."""
+    """The layout nearest to `batch_tokens` tokens a step with equally many whole windows, at least 1, on each rank."""
     per_rank = max(1, round(batch_tokens / (context * ranks)))
     micro_batch = max(d for d in range(1, min(per_rank, max_micro_batch) + 1) if per_rank % d == 0)
     return StepLayout(context, per_rank * ranks, ranks, micro_batch)
@@ -67,12 +67,12 @@ def layout_steps(batch_tokens: int, context: int, ranks: int, max_micro_batch: i
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The numbers of a run; where each default comes from is said in docs/quality.md.
+    """The numbers of a run; docs/quality.md says where each default comes from.
 
     Attributes:
         steps: optimizer steps, ≥ 1.
         flip_rate: peak share of each layer's signs flipped in a step, 0 … 0.5.
-        momentum: decay of the evidence, 0 ≤ β < 1.
+        momentum: decay of the evidence, 0 ≤ β ≤ 0.995.
         scale_lr: peak AdamW learning rate of scales.
         other_lr: peak AdamW learning rate of norms, biases, embeddings and head.
         warmup: share of the steps in which all rates rise, 0 … 1.
@@ -155,6 +155,7 @@ def start_run(
     groups = [{"params": scales, "lr": config.scale_lr}, {"params": others, "lr": config.other_lr}]
     engine_config = EngineConfig(layout.micro_batch, layout.micro_steps, config.zero_stage, bf16=device.type == "cuda")
     engine = Engine(student, groups, engine_config, config.timeout_s)
+    gang = replace(gang, group=engine.group) if gang.size > 1 else gang
     schedule = FlipSchedule(config.flip_rate, config.steps, config.warmup_steps)
     kbop = KBOP(binary_layers(student), schedule, config.momentum, layout.micro_steps, gang)
     return Run(config, layout, gang, teacher, engine, kbop, windows_NT, device)
@@ -164,7 +165,8 @@ def train(run: Run, steps: Iterable[int]) -> Iterator[StepMetrics]:
     """Do the given steps in order; yields after each.
 
     Raises:
-        NonFiniteLoss, NonFiniteGradient: on every rank, before a weight of that step changed.
+        NonFiniteLoss: on every rank, before anything of that step changed.
+        NonFiniteGradient: on every rank, before the step counts: the run goes on from its last checkpoint.
     """
     for step in steps:
         factor = warmup_cosine(step, run.config.steps, run.config.warmup_steps)

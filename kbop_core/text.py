@@ -13,6 +13,7 @@ itself, and its last, shorter window counts too, so that no story is predicted f
 from __future__ import annotations
 
 import codecs
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,7 +196,9 @@ class WindowOrder:
         """Window numbers at places start … stop−1 of the endless sequence of epochs."""
         for place in range(start, stop):
             epoch, offset = divmod(place, self.count)
-            yield int(self._permutation(epoch)[offset])
+            yield int(_permutation(self.count, self.seed, epoch)[offset])
 
-    def _permutation(self, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.count)
+
+@functools.lru_cache(maxsize=4)
+def _permutation(count: int, seed: int, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    return np.random.default_rng([seed, epoch]).permutation(count)

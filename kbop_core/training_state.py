@@ -6,8 +6,6 @@ Layout of a folder of checkpoints:
         rank-0.safetensors …  each rank's evidence and bits
         engine/               DeepSpeed's files
         manifest.json         number of ranks, step, sha256 of every file
-    latest                    name of the newest, replaced atomically after the rename
-
 Refuses to load a checkpoint with a missing or changed file: it is skipped for the one before it.
 """
 
@@ -32,8 +30,18 @@ KEEP = 2
 """Complete checkpoints kept."""
 
 
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps is, among those in `folder`."""
+    return folder / f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Steps done in a checkpoint, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def save_state(folder: Path, step: int, engine: Engine, kbop: KBOP, gang: Gang) -> None:
-    """Write one checkpoint; every rank calls. On return it is complete and `latest` names it.
+    """Write one checkpoint; every rank calls. On return it is complete.
 
     Args:
         folder: of all checkpoints of the run.
@@ -42,7 +50,7 @@ def save_state(folder: Path, step: int, engine: Engine, kbop: KBOP, gang: Gang) 
     Raises:
         DiskFull: on the ranks that met it; no checkpoint with this name exists then.
     """
-    final = folder / f"step-{step:08d}"
+    final = checkpoint_folder(folder, step)
     temporary = folder / f".{final.name}.parts"
     if gang.rank == 0:
         for left in folder.glob(".step-*"):  # of an attempt that died, or of a full disk
@@ -52,7 +60,7 @@ def save_state(folder: Path, step: int, engine: Engine, kbop: KBOP, gang: Gang) 
     try:
         _write_rank(temporary, kbop, gang)
         engine.save(temporary)
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         if is_disk_full(error):
             raise DiskFull("no space left while writing a training checkpoint", "free disk space and resume") from error
         raise
@@ -80,7 +88,6 @@ def _complete(temporary: Path, final: Path, step: int, ranks: int) -> None:
         files = {str(p.relative_to(folder)): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
         write_json(folder / "manifest.json", {"step": step, "ranks": ranks, "files": files})
     shutil.rmtree(temporary)
-    write_json(final.parent / "latest", final.name)
 
 
 def _prune(folder: Path) -> None:

@@ -16,13 +16,13 @@ from jobs.report import write_report
 from jobs.workspace import Workspace
 from kbop_core.checkpoint import load_student
 from kbop_core.convert import convert_plain
-from kbop_core.hf import Model, generate, load_model
+from kbop_core.hf import Model, generate, load_model, vocabulary_size
 from kbop_core.perplexity import Quality
 from kbop_core.perplexity import evaluate as score
 from kbop_core.text import Windows
 
-#: Tokens in one forward pass of the evaluation, about.
-BATCH_TOKENS = 8192
+#: Logits in one forward pass of the evaluation, about: 2^25 float32 are 128 MiB, and six such tensors live at once.
+BATCH_LOGITS = 2**25
 #: Tokens of a prompt and of its continuation in the report's samples, and how many samples.
 PROMPT_TOKENS, SAMPLE_TOKENS, SAMPLES = 16, 48, 3
 
@@ -61,14 +61,16 @@ def _models(space: Workspace) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _score(space: Workspace, model: nn.Module, windows: Windows, compare: bool) -> Quality:
-    batch = max(1, BATCH_TOKENS // windows.ids_NT.shape[1])
+    batch = max(1, min(32, BATCH_LOGITS // (vocabulary_size(space.teacher) * windows.ids_NT.shape[1])))
     return score(model, windows, batch, space.teacher if compare else None, space.gang)
 
 
 def _samples(space: Workspace, packed: Model, sets: list[tuple[str, Windows]]) -> list[dict[str, str]]:
     """Greedy continuations of the starts of evaluation windows, by the teacher and by the packed model."""
-    ids = sets[0][1].ids_NT[:: max(1, len(sets[0][1].ids_NT) // SAMPLES)][:SAMPLES, :PROMPT_TOKENS]
-    prompts = [space.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+    windows = sets[0][1]
+    rows = range(0, len(windows.ids_NT), max(1, len(windows.ids_NT) // SAMPLES))[:SAMPLES]
+    starts = [windows.ids_NT[row, : min(PROMPT_TOKENS, int(windows.lengths_N[row]))] for row in rows]
+    prompts = [space.tokenizer.decode(start, skip_special_tokens=True) for start in starts]
     return [
         {
             "prompt": prompt,

@@ -56,6 +56,9 @@ def prepare(space: Workspace) -> dict[str, Any]:
         described.append({"set": name, "protocol": windows.protocol, "tokens": windows.predicted})
     return {
         "context": context,
+        "tokenizer": type(space.tokenizer).__name__,
+        "begins_with_bos": space.tokenizer.encode("a")[0] == space.tokenizer.bos_token_id,
+        "perplexity_per": "token",
         "training_windows": len(ids),
         "training_tokens": ids.numel(),
         "training_text_sha256": _digest(training_text),

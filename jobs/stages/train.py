@@ -10,20 +10,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from jobs.workspace import Workspace
+from jobs.stop import StopAsked
+from jobs.workspace import GANG_TIMEOUT_S, Workspace
 from kbop_core.checkpoint import load_student, save_student
 from kbop_core.convert import convert_plain
-from kbop_core.engine import barrier
+from kbop_core.engine import barrier, limit_collectives
 from kbop_core.loop import Run, StepMetrics, TrainConfig, start_run
 from kbop_core.loop import train as training_steps
-from kbop_core.training_state import load_state, newest_state, save_state
+from kbop_core.training_state import checkpoint_folder, load_state, newest_state, save_state, step_of
 
-#: After which a collective that hangs fails, seconds.
-COLLECTIVE_TIMEOUT_S = 600.0
-
-
-class StopAsked(Exception):
-    """The runner asked for a stop; a training checkpoint was written first."""
+#: After which a collective of a training step that hangs fails, seconds.
+STEP_TIMEOUT_S = 600.0
 
 
 def train(space: Workspace) -> dict[str, Any]:
@@ -35,26 +32,40 @@ def train(space: Workspace) -> dict[str, Any]:
     if not space.steps:
         space.journal.note("no training tokens were asked for: the result of BNN Init is packed")
         return {"steps": 0, "tokens": 0}
+    if space.layout.tokens != space.spec.method.batch_tokens:
+        asked = space.spec.method.batch_tokens
+        space.journal.note(f"a step holds {space.layout.tokens} tokens, not {asked}: whole windows on every rank")
     student = space.fresh_model()
     convert_plain(student, space.plan, trainable=True)
     load_student(student, space.init_student)
     ids = load_file(space.training_windows_file)["ids"]
     run = start_run(student, space.teacher, ids, train_config(space), space.layout, space.gang)
     checkpoints = space.folder("train/checkpoints")
-    newest = newest_state(checkpoints, space.gang.size, space.journal.note)
-    start = load_state(newest, run.engine, run.kbop, space.gang) if newest else 0
-    if start:
-        space.journal.note(f"resumed after step {start}")
-    _steps(space, run, start, checkpoints)
-    if space.leads:
-        save_student(student, space.final_student)
-    barrier(space.gang)
+    start = _resume(space, run, checkpoints)
+    with space.stop.deferred():
+        _steps(space, run, start, checkpoints)
+        limit_collectives(GANG_TIMEOUT_S)
+        if space.leads:
+            save_student(student, space.final_student)
+        barrier(run.gang)
     run.engine.close()
     return {
         "steps": space.steps,
         "tokens": space.steps * space.layout.tokens,
+        "tokens_per_step": space.layout.tokens,
         "state_bytes_per_binary_weight": run.kbop.state_bytes() / space.plan.weights,
     }
+
+
+def _resume(space: Workspace, run: Run, checkpoints: Path) -> int:
+    """Load the newest complete checkpoint, which rank 0 chooses for all; returns the steps done, 0 without one."""
+    newest = newest_state(checkpoints, space.gang.size, space.journal.note) if space.leads else None
+    chosen = torch.tensor([float(step_of(newest)) if newest else 0.0], device=space.device, dtype=torch.float64)
+    start = int(space.gang.max(chosen))
+    if start:
+        load_state(checkpoint_folder(checkpoints, start), run.engine, run.kbop, run.gang)
+        space.journal.note(f"resumed after step {start}")
+    return start
 
 
 def train_config(space: Workspace) -> TrainConfig:
@@ -68,7 +79,7 @@ def train_config(space: Workspace) -> TrainConfig:
         other_lr=method.other_lr,
         seed=space.spec.seed,
         zero_stage=space.spec.resources.zero_stage,
-        timeout_s=COLLECTIVE_TIMEOUT_S,
+        timeout_s=STEP_TIMEOUT_S,
     )
 
 
@@ -85,15 +96,11 @@ def _steps(space: Workspace, run: Run, start: int, checkpoints: Path) -> None:
         space.journal.progress(
             done, space.steps, loss=metrics.loss, flip_rate=metrics.flip_rate, tokens_per_s=round(speed, 1)
         )
-        stop = _any_rank(space, space.stopping())
+        stop = bool(run.gang.max(torch.tensor([float(space.stop.asked)], device=space.device)) > 0)
         if done < space.steps and (stop or done % space.spec.checkpoint_every == 0):
-            save_state(checkpoints, done, run.engine, run.kbop, space.gang)
+            save_state(checkpoints, done, run.engine, run.kbop, run.gang)
         if stop and done < space.steps:
             raise StopAsked
-
-
-def _any_rank(space: Workspace, here: bool) -> bool:
-    return bool(space.gang.max(torch.tensor([float(here)], device=space.device)) > 0)
 
 
 def _append(path: Path, metrics: StepMetrics) -> None:
@@ -110,7 +117,12 @@ def keep_metrics(path: Path, steps: int) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The step metrics in a file, without a last line that was cut short; empty when there is no file."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    """The step metrics in a file, up to a line that was cut short; empty when there is no file."""
+    found: list[dict[str, Any]] = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                break  # what follows a torn line belongs to lost steps
+    return found

@@ -1,6 +1,7 @@
 """Owns the latent-weight baseline: binary in the forward pass, a full-precision copy underneath (BinaryConnect/STE).
 
-OneBit and BinaryMoS train this way. Kept only to compare with: it holds 16 bytes a weight where KBOP holds about 2.
+OneBit and BinaryMoS train this way. Kept only to compare with: it holds 12 bytes a weight between steps, and
+4 more for the gradient, where KBOP holds about 2.
 """
 
 from __future__ import annotations

@@ -106,9 +106,8 @@ def test_training_lowers_the_loss(outcome: Outcome) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_the_newest_checkpoints_are_kept_and_the_marker_names_the_last(size: int, run_folder: RunFolder) -> None:
     folder = run_folder(size) / "checkpoints"
-    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-00000002", "step-00000003"]
+    assert sorted(p.name for p in folder.iterdir()) == ["step-00000002", "step-00000003"]
     assert KEEP == 2
-    assert json.loads((folder / "latest").read_text()) == "step-00000003"
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -216,4 +215,4 @@ def test_a_full_disk_is_named_and_the_older_checkpoint_stays_the_newest(kind: st
 
 @pytest.mark.parametrize("kind", ["rank", "engine"])
 def test_the_next_checkpoint_clears_what_a_full_disk_left(kind: str, outcome: Outcome) -> None:
-    assert outcome(1, "full_disk", 0)[kind]["names_after"] == ["latest", "step-00000001", "step-00000003"]
+    assert outcome(1, "full_disk", 0)[kind]["names_after"] == ["step-00000001", "step-00000003"]
