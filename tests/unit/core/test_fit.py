@@ -87,14 +87,46 @@ def test_no_single_flip_improves_what_coordinate_descent_ends_with(seed: int) ->
     assert losses[found] <= losses[tuple(plain(weight, 1)[0][0].tolist())] * (1 + 1e-5)
 
 
-def test_scales_are_the_least_squares_ones_for_the_signs_found() -> None:
-    weight, moment = problem(4, 24, 1)
-    signs, scales = fit_layer(weight, moment, 3, EFFORT)
-    target = damped(moment, EFFORT).double()
-    for row in range(4):
-        parts = torch.block_diag(*signs[row].double().view(3, 8)).view(3, 24)
-        expected = torch.linalg.solve(parts @ target @ parts.t(), parts @ target @ weight[row].double())
-        torch.testing.assert_close(scales[row].double(), expected, rtol=1e-3, atol=1e-4)
+def least_squares(weight: Tensor, signs: Tensor, groups: int, target: Tensor) -> Tensor:
+    """The best scales of each row for given signs, float64 (O, G), negative ones included."""
+    scales = []
+    for w, s in zip(weight.double(), signs.double(), strict=True):
+        parts = torch.block_diag(*s.view(groups, 1, -1))
+        scales.append(torch.linalg.solve(parts @ target @ parts.t(), parts @ target @ w))
+    return torch.stack(scales)
+
+
+@pytest.mark.parametrize("effort", [EFFORT, FitEffort(rounds=1, sweeps=1), FitEffort(rounds=0)])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_scales_are_the_least_squares_ones_for_the_signs_found(groups: int, effort: FitEffort) -> None:
+    weight, moment = problem(4, 90, 1)
+    signs, scales = fit_layer(weight, moment, groups, effort)
+    expected = least_squares(weight, signs, groups, damped(moment, effort).double())
+    torch.testing.assert_close(scales.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_negative_scale_is_folded_into_its_signs() -> None:
+    weight, moment = problem(40, 24, 2)
+    start = plain(weight, 6)[0]
+    best = least_squares(weight, start, 6, damped(moment, EFFORT).double())
+    assert bool((best < 0).any())
+    signs, scales = fit_layer(weight, moment, 6, FitEffort(rounds=0))
+    assert bool((scales >= 0).all())
+    torch.testing.assert_close(dense(signs, scales).double(), dense(start.double(), best), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("columns", [5, 64, 65, 130])
+def test_one_sweep_is_coordinate_descent_one_column_at_a_time(columns: int) -> None:
+    weight, moment = problem(3, columns, 4)
+    target, start = damped(moment, EFFORT).double(), plain(weight, 1)[0].double()
+    current = start * least_squares(weight, start, 1, target)
+    for j in range(columns):
+        pull = (weight.double() - current) @ target[:, j]
+        change = -2 * current[:, j]
+        current[:, j] += torch.where(change * (change * target[j, j] - 2 * pull) < 0, change, 0.0)
+    signs, _ = fit_layer(weight, moment, 1, FitEffort(rounds=1, sweeps=1))
+    assert torch.equal(signs, current.sign().float())
+    assert columns < 64 or not torch.equal(signs, start.float())
 
 
 @pytest.mark.parametrize("groups", [1, 2])

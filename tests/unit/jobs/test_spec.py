@@ -1,0 +1,48 @@
+"""What a job spec accepts: defaults, and refusals of settings that could not take effect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from jobs.spec import EFFORT_TOKENS, JobSpec
+
+BASE: dict[str, Any] = {"model": "builtin:demo", "data": [{"source": "builtin:python-docs"}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"method": {"effort": "quick", "tokens": 5}}, "method.tokens has no effect"),
+        ({"method": {"effort": "quick", "flip_rate": 0.01}}, "method.flip_rate has no effect"),
+        ({"method": {"effort": "max", "tokens": 5}}, "give one of the two"),
+        ({"method": {"effort": "quick"}, "init": "random"}, "keeps the initial signs"),
+        ({"method": {"calibration_tokens": 9}, "init": "random"}, "calibration_tokens has no effect"),
+    ],
+)
+def test_a_setting_that_cannot_take_effect_is_refused(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        JobSpec.model_validate(BASE | changes)
+
+
+def test_the_stored_spec_is_accepted_again_with_every_default_filled_in() -> None:
+    for method in ({"effort": "quick"}, {"effort": "max"}, {"tokens": 7}):
+        spec = JobSpec.model_validate(BASE | {"method": method})
+        assert JobSpec.model_validate_json(spec.canonical_json()) == spec
+
+
+@pytest.mark.parametrize("effort", ["quick", "standard", "max"])
+def test_each_effort_stands_for_a_number_of_tokens(effort: str) -> None:
+    assert JobSpec.model_validate(BASE | {"method": {"effort": effort}}).train_tokens == EFFORT_TOKENS[effort]
+
+
+def test_without_evaluation_text_the_held_out_part_of_the_training_text_is_used() -> None:
+    train, evaluation = JobSpec.model_validate(BASE).resolved_data()
+    assert ([d.split for d in train], [d.split for d in evaluation]) == (["train"], ["eval"])
+
+
+def test_equal_specs_have_equal_digests_and_others_have_not() -> None:
+    one, same, other = (JobSpec.model_validate(BASE | {"seed": seed}) for seed in (1, 1, 2))
+    assert one.digest() == same.digest() != other.digest()
