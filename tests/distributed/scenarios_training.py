@@ -153,6 +153,22 @@ def nan_loss(gang: Gang, folder: Path) -> dict[str, Any]:
     return result | {"changed": changed}
 
 
+def nan_norm(gang: Gang, folder: Path) -> dict[int, str]:
+    """The loss and the signs' gradients are finite, and on the last rank a norm's gradient is not."""
+    errors = {}
+    for stage in (0, 1, 2):
+        run = begin(gang, config=replace(CONFIG, zero_stage=stage))
+        if gang.rank == gang.size - 1:
+            run.engine._engine.module.model.norm.weight.register_hook(lambda gradient: gradient * torch.nan)
+        try:
+            next(train(run, range(6)))
+            errors[stage] = "none"
+        except KbopError as error:
+            errors[stage] = type(error).__name__
+        run.engine.close()
+    return errors
+
+
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
     """A disk that takes no file beyond `size` bytes."""
@@ -189,4 +205,4 @@ def full_disk(gang: Gang, folder: Path) -> dict[str, dict[str, Any]]:
     return results
 
 
-SCENARIOS = {f.__name__: f for f in (dyadic_engine, resume, zero_stages, dropout, nan_loss, full_disk)}
+SCENARIOS = {f.__name__: f for f in (dyadic_engine, resume, zero_stages, dropout, nan_loss, nan_norm, full_disk)}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from kbop_core.training_state import KEEP, newest_state
+from kbop_core.training_state import KEEP, checkpoint_folder, newest_state, step_of
 
 Outcome = Callable[[int, str, int], Any]
 RunFolder = Callable[[int], Path]
@@ -104,10 +104,13 @@ def test_training_lowers_the_loss(outcome: Outcome) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_newest_checkpoints_are_kept_and_the_marker_names_the_last(size: int, run_folder: RunFolder) -> None:
+def test_only_the_newest_checkpoints_are_kept(size: int, run_folder: RunFolder) -> None:
     folder = run_folder(size) / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == ["step-00000002", "step-00000003"]
     assert KEEP == 2
+    newest = newest_state(folder, size, lambda _: None)
+    assert newest == checkpoint_folder(folder, 3)
+    assert step_of(newest) == 3
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -203,6 +206,13 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_both_before_anything_change
         assert found["error"] == "NonFiniteLoss"
         assert "the loss is nan at step 1" in found["message"]
         assert found["changed"] == []
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_norms_gradient_that_is_not_finite_stops_every_rank(stage: int, size: int, outcome: Outcome) -> None:
+    for rank in range(size):
+        assert outcome(size, "nan_norm", rank)[stage] == "NonFiniteGradient"
 
 
 @pytest.mark.parametrize("kind", ["rank", "engine"])

@@ -129,12 +129,12 @@ class KbopServer:
             assert time.monotonic() < deadline, f"not within {seconds} s\n{self.logs(job_id)}"
             time.sleep(0.05)
 
-    def ended(self, job_id: str, seconds: float = 120) -> Job:
+    def ended(self, job_id: str, seconds: float = 240) -> Job:
         """The job once it has reached its end."""
         self.until(lambda: self.job(job_id)["status"] in TERMINAL, job_id, seconds)
         return self.job(job_id)
 
-    def succeeded(self, job_id: str, seconds: float = 120) -> Job:
+    def succeeded(self, job_id: str, seconds: float = 240) -> Job:
         """The job, which must succeed."""
         job = self.ended(job_id, seconds)
         assert job["status"] == "succeeded", f"{job['error']}\n{self.logs(job_id)}"
@@ -202,7 +202,7 @@ class Tiny:
     page: Path
 
     def spec(self, **changes: Any) -> Spec:
-        """A job of 40 steps on two ranks, with some fields replaced; `method` and `resources` are merged."""
+        """A job of 40 steps on two ranks, with some fields replaced (`method` and `resources`: merged)."""
         spec: Spec = {
             "model": str(self.model),
             "data": [{"source": str(self.train)}],
@@ -214,6 +214,10 @@ class Tiny:
         }
         for part in ("method", "resources"):
             changes[part] = spec[part] | changes.get(part, {})
+        if changes["method"].get("effort") == "quick":  # what only training reads is refused there
+            changes["method"] = {k: v for k, v in changes["method"].items() if k not in ("tokens", "batch_tokens")}
+        if changes.get("init") == "random":
+            del changes["method"]["calibration_tokens"]
         return spec | changes
 
 

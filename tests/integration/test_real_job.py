@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(480)
 
 KINDS = ("teacher", "plain", "init", "kbop")
 STAGES = ("prepare", "init", "train", "pack", "evaluate")
@@ -152,7 +152,7 @@ def test_downloaded_files_are_those_of_the_manifest(downloaded):
 def test_a_new_process_loads_the_checkpoint_and_measures_what_the_report_says(downloaded, report, tiny):
     row = next(row for row in report["perplexity"] if row["set"] == tiny.stories.name)
     command = [sys.executable, "-c", RELOAD, str(downloaded), str(tiny.stories), "64"]
-    out = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    out = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
     measured = json.loads(out.splitlines()[-1])
     assert measured["kinds"] == ["BinaryLinear"] and measured["tokens"] == row["tokens"]
     assert measured["perplexity"] == pytest.approx(row["kbop"], rel=1e-4)
@@ -264,7 +264,6 @@ def cancelled(server, finished, tiny):
     """(cancelled while it trained, submitted behind it while it held both slots: effort quick)"""
     job_id = server.submit(tiny.spec(method={"tokens": 10**8}))
     behind = tiny.spec(method={"effort": "quick"}, eval=[{"source": str(tiny.page)}])
-    del behind["method"]["tokens"]
     quick_id = server.submit(behind)
     server.until_trained(job_id)
     assert server.job(quick_id)["waiting_reason"]

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(480)
 
 MODEL = "models/stories260K-hf"
 STORIES = "text/tinystories/tinystories_v2_A.jsonl"

@@ -282,6 +282,25 @@ NO_SPACE = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        *((error, True) for error in NO_SPACE),
+        (OSError(errno.EFBIG, "File too large"), True),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:664] PytorchStreamWriter failed writing file data/0"),
+            True,
+        ),
+        (OSError(errno.EACCES, "Permission denied"), False),
+        (SafetensorError("incomplete metadata"), False),
+        (RuntimeError("CUDA out of memory"), False),
+        (ValueError("No space left on device"), False),
+    ],
+)
+def test_only_a_full_disk_counts_as_one(error: Exception, full: bool) -> None:
+    assert checkpoint.is_disk_full(error) == full
+
+
 def failing(error: Exception) -> Callable[..., NoReturn]:
     def fail(*_: Any, **__: Any) -> NoReturn:
         raise error

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kbop_core.errors import GradientContract, NonFiniteGradient
-from kbop_core.kbop import KBOP, FlipSchedule
+from kbop_core.kbop import KBOP, MOST_MOMENTUM, FlipSchedule
 from kbop_core.layers import BinaryLinear
 
 Matrix = NDArray[np.float64]
@@ -143,6 +143,16 @@ def test_a_flipped_weight_starts_anew_and_the_others_keep_their_evidence() -> No
     assert kbop.step().flips["a"] > 0
     flipped = layer.signs() != before
     assert torch.equal(kbop.shards["a"].evidence == 0, flipped | (gradient == 0))
+
+
+def test_evidence_decays_from_every_bfloat16_at_the_largest_momentum() -> None:
+    mantissas = torch.arange(128, 256).float()[None]
+    layer = make_layer(1, 128)
+    kbop = make_kbop({"a": layer}, peak=0.0, momentum=MOST_MOMENTUM)
+    kbop.shards["a"].evidence.copy_(mantissas)
+    give(layer, torch.zeros(1, 128))
+    kbop.step()
+    assert bool((kbop.shards["a"].evidence.float() < mantissas).all())
 
 
 def test_the_tail_bits_of_a_ragged_row_stay_zero() -> None:
