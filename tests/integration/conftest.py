@@ -152,10 +152,10 @@ class KbopServer:
         """Living ranks of an attempt: what carries its tag and was started as a rank."""
         return tagged(attempt_tag(job_id, attempt))
 
-    def until_trained(self, job_id: str, checkpoint: bool = True) -> None:
-        """Wait until attempt 1 trains and, if asked, has a complete checkpoint."""
-        wanted = "work/train/checkpoints/latest" if checkpoint else "work/train/metrics.jsonl"
-        self.until((self.folder_of(job_id) / wanted).is_file, job_id)
+    def until_trained(self, job_id: str) -> None:
+        """Wait until the job trains and has a complete training checkpoint."""
+        checkpoints = self.folder_of(job_id) / "work/train/checkpoints"
+        self.until(lambda: any(checkpoints.glob("step-*/manifest.json")), job_id)
 
     def logs(self, job_id: str) -> str:
         """Ends of every log of a job."""
