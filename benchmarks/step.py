@@ -1,9 +1,9 @@
 """`make bench-step`: what one training step costs and holds, KBOP beside latent weights with STE and AdamW.
 
 Same model, batch, teacher, loss and one thread; the steps of the methods alternate, and the ratio is that of the
-medians. The peers
-are the fastest form of latent training (plain torch, fused AdamW) and the same inside a DeepSpeed engine as ours is.
-Random weights: speed does not depend on them. State is counted from the tensors that live between two steps.
+medians. The peers are the fastest form of latent training (plain torch, fused AdamW) and the same inside a DeepSpeed
+engine as ours is. Random weights: speed does not depend on them. State is the bytes of the tensors that belong to
+binary weights and live between two steps: bits and evidence here; latent weights and both Adam moments there.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 A packed checkpoint is a folder in Hugging Face form:
 
-    model.safetensors      per binary layer X:  X.weight uint8 (O, ⌈I/8⌉),  X.weight_scale float16 (O, G),  X.bias as
-    it was;
-                           every other tensor under its own name and in the source model's dtype
+    model.safetensors      per binary layer X:  X.weight uint8 (O, ⌈I/8⌉) and X.weight_scale float16 (O, G);
+                           every other tensor, biases too, under its own name and in the source model's dtype
     config.json            with quantization_config {"quant_method": "kbop", "format_version", "group_size", "modules"}
     tokenizer files
     manifest.json          {"files": [{"path", "size", "sha256"}], …}; written last

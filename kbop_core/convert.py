@@ -1,10 +1,8 @@
 """Owns which modules of a model become binary, which stay and why. Refuses to choose signs or scales (init/).
 
 The plan is explicit: it names every linear layer of the decoder blocks on one of its two sides. Embeddings, norms and
-the
-head lie outside the blocks and stay as they are, so tied heads stay tied. GPT-2's `Conv1D` (weight stored as (I, O))
-is a
-linear layer like any other. Nothing here imports transformers: models are recognised by structure.
+the head lie outside the blocks and stay as they are, so tied heads stay tied. GPT-2's `Conv1D` (weight stored as
+(I, O)) is a linear layer like any other. Nothing here imports transformers: models are recognised by structure.
 """
 
 from __future__ import annotations

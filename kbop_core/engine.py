@@ -1,8 +1,7 @@
 """Owns the DeepSpeed engine: full-precision parameters, their gradients over ranks, their optimizer and its checkpoint.
 
 The only module that imports deepspeed. Refuses binary weights: bits are buffers that DeepSpeed never sees as
-parameters,
-because it would keep a 4-byte master copy of each, which is a latent weight.
+parameters, because it would keep a 4-byte master copy of each, which is a latent weight.
 """
 
 from __future__ import annotations

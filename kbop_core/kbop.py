@@ -13,9 +13,8 @@ different size; dividing by the root mean squares of row and column makes them c
     k_t  = ⌊N·H(t+1)⌋ − ⌊N·H(t)⌋,   H(t) = Σ_{τ<t} η_τ   (N weights in the layer)
 
 η_t, the share of weights flipped in a step, is the flips' learning rate: warm-up, then cosine to 0. It is KBOP's
-adaptive
-threshold with the multiple of the deviation chosen so that the share is exact. k_t carries fractions over, so small
-layers and small rates flip too. Ties at the threshold do not flip; a zero gradient never flips anything.
+adaptive threshold with the multiple of the deviation chosen so that the share is exact. k_t carries fractions over, so
+small layers and small rates flip too. Ties at the threshold do not flip; a zero gradient never flips anything.
 
 | symbol | here | unit |
 |---|---|---|
@@ -29,10 +28,9 @@ Sources: one average, a threshold adapted to the layer and a learning rate for t
 r16HwfP4HA, abstract and reviews); row × column normalisation, the exact share and the reset are ours. r and c are
 those of the evidence itself, not of the gradient: no further state to keep or to shard (docs/quality.md).
 
-World-size independence: a bfloat16 has 8 significant bits, its square 16, so the float64 sums behind r and c are
-exact in
-any order while |m| in a row or column spans less than 2^12 (beyond: they differ in the 16th digit, of which the float32
-score keeps 7). With gradients that sum exactly, 1, 2 or 3 ranks flip the same weights.
+World-size independence: a bfloat16 has 8 significant bits, its square 16, so the float64 sums behind r and c are exact
+in any order while |m| in a row or column spans less than 2^12 (beyond: they differ in the 16th digit, of which the
+float32 score keeps 7). With gradients that sum exactly, 1, 2 or 3 ranks flip the same weights.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Layout of a folder of checkpoints:
         rank-0.safetensors …  each rank's evidence and bits
         engine/               DeepSpeed's files
         manifest.json         number of ranks, step, sha256 of every file
+
 Refuses to load a checkpoint with a missing or changed file: it is skipped for the one before it.
 """
 
