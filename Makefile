@@ -50,7 +50,7 @@ bench-step: $(VENV)/.worker  ## cost and memory of a training step beside latent
 bench-init: $(VENV)/.worker  ## BNN Init: perplexity and time beside plain binarization
 	$(BIN)/python -m benchmarks.init
 
-bench-rule: $(VENV)/.worker  ## KBOP, scales only, and latent weights on a small model (a quarter of an hour)
+bench-rule: $(VENV)/.worker  ## KBOP, scales only, and latent weights on a small model (ten minutes)
 	$(BIN)/python -m benchmarks.rule
 
 serve: $(VENV)/.worker  ## run the server on http://127.0.0.1:8700

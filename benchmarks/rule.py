@@ -1,7 +1,7 @@
-"""`make bench-rule`: does the flip rule earn its keep? stories260K, 0.8 M tokens, one seed, one thread.
+"""`make bench-rule`: does the flip rule earn its keep? stories260K, 0.4 M tokens, one seed, one thread.
 
 Same start, data order, batch, loss (KL to the teacher), schedule and evaluation for every row: scales only (no flips),
-KBOP, and latent weights with STE and AdamW, from plain binarization and from our BNN Init. About a quarter of an hour.
+KBOP, and latent weights with STE and AdamW, from plain binarization and from our BNN Init. About ten minutes.
 A first look; the bench that sweeps every side's learning rates over models and seeds is docs/quality.md's next step.
 """
 
@@ -30,7 +30,7 @@ from kbop_core.perplexity import evaluate
 from kbop_core.shard import Gang
 from kbop_core.text import WindowOrder, evaluation_windows, read_documents, training_windows
 
-CONTEXT, HELD_OUT, GROUP, STEPS, BATCH_TOKENS = 256, 150, 64, 391, 2048
+CONTEXT, HELD_OUT, GROUP, STEPS, BATCH_TOKENS = 256, 150, 64, 195, 2048
 LATENT_LR = 5e-3
 
 
