@@ -151,8 +151,14 @@ class Engine:
             NonFiniteGradient: the gradients' norm is not finite. Parameters in memory may be spoiled, checkpoints not.
         """
         boundary = self._engine.is_gradient_accumulation_boundary()
+        norm = None
+        if boundary and self._engine.zero_optimization_stage() == 0:  # in float32 it tells no norm itself
+            norm = torch.nn.utils.get_total_norm(
+                [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+            )
         self._engine.step()
-        norm = self._engine.get_global_grad_norm() if boundary else None
+        if boundary and norm is None:
+            norm = self._engine.get_global_grad_norm()
         if norm is not None and not math.isfinite(float(norm)):
             raise NonFiniteGradient(
                 f"the gradient of the full-precision parameters has norm {float(norm)}",
