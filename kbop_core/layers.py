@@ -1,6 +1,6 @@
-"""Owns `BinaryLinear`: packed signs times scales, its forward pass and its gradient at the binary point.
+"""Owns `BinaryLayer`, packed signs times scales, and `BinaryLinear`: its forward pass and gradient at the binary point.
 
-Refuses to decide which layers become binary (convert.py) or when a sign flips (kbop.py).
+Refuses to decide which layers become binary (convert.py) or when a sign flips (kbop.py). Convolution is in conv.py.
 
 Shapes: O out-features, I in-features, G groups of a row (I/G weights share a scale), B batch, T tokens.
 The effective weight is  W_OI = α_OG ⊙ S_OI,  S ∈ {±1}. There is no other copy of the weight anywhere.
@@ -78,18 +78,18 @@ def dense_weight(packed: Tensor, scale_OG: Tensor, columns: int, dtype: torch.dt
     return weight
 
 
-class BinaryLinear(nn.Module):
-    """A linear layer whose weights are single bits: `weight` uint8 (O, ⌈I/8⌉) and `weight_scale` (O, G).
+class BinaryLayer(nn.Module):
+    """A layer whose weights are single bits: `weight` uint8 (O, ⌈I/8⌉) and `weight_scale` (O, G). KBOP flips these.
 
     With `trainable=True` the scales are a float32 parameter and the bits a buffer outside the state dict: DeepSpeed
     must not make a 4-byte master copy of them, which would be a latent weight. Otherwise both are
     ordinary buffers, uint8 and float16, under the names the packed format uses.
 
     Attributes:
+        in_features, out_features: I, the number of weights of one output, and O.
         weight: uint8 (O, ⌈I/8⌉), bit order as in bits.py.
         weight_scale: (O, G).
         bias: (O,) parameter or None.
-        transposed: whether the layer it replaced stores its weight as (I, O), as GPT-2's Conv1D does.
         gradient_sink: called in backward with ∂loss/∂S (O, I); None when signs do not learn.
     """
 
@@ -101,7 +101,7 @@ class BinaryLinear(nn.Module):
         in_features: int,
         out_features: int,
         bias: bool,
-        group_size: int,
+        groups: int,
         *,
         trainable: bool = False,
         device: torch.device | str | None = None,
@@ -109,8 +109,6 @@ class BinaryLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.gradient_sink: GradientSink | None = None
-        self.transposed = False
-        groups = group_count(in_features, group_size)
         bits = torch.zeros(out_features, packed_width(in_features), dtype=torch.uint8, device=device)
         self.register_buffer("weight", bits, persistent=not trainable)
         if trainable:
@@ -119,11 +117,6 @@ class BinaryLinear(nn.Module):
             ones = torch.ones(out_features, groups, dtype=torch.float16, device=device)
             self.register_buffer("weight_scale", ones)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., I) → (..., O) in the dtype of `x`."""
-        y: Tensor = _BinaryMatmul.apply(x, self.weight, self.weight_scale, self.gradient_sink)  # type: ignore[no-untyped-call]
-        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @property
     def signs_count(self) -> int:
@@ -147,3 +140,30 @@ class BinaryLinear(nn.Module):
         """What printing the model shows."""
         groups = self.weight_scale.shape[1]
         return f"in_features={self.in_features}, out_features={self.out_features}, groups={groups}"
+
+
+class BinaryLinear(BinaryLayer):
+    """A linear layer with weights of single bits; what it keeps is `BinaryLayer`'s.
+
+    Attributes:
+        transposed: whether the layer it replaced stores its weight as (I, O), as GPT-2's Conv1D does.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        group_size: int,
+        *,
+        trainable: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        groups = group_count(in_features, group_size)
+        super().__init__(in_features, out_features, bias, groups, trainable=trainable, device=device)
+        self.transposed = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) → (..., O) in the dtype of `x`."""
+        y: Tensor = _BinaryMatmul.apply(x, self.weight, self.weight_scale, self.gradient_sink)  # type: ignore[no-untyped-call]
+        return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -27,6 +27,12 @@ class _StraightThroughSign(torch.autograd.Function):
         return gradients[0]
 
 
+def straight_through_sign(latent: Tensor) -> Tensor:
+    """sign(V): a new tensor of ±1 in V's shape and dtype (zero is +1); in backward it is the identity."""
+    signs: Tensor = _StraightThroughSign.apply(latent)  # type: ignore[no-untyped-call]
+    return signs
+
+
 class LatentLinear(nn.Module):
     """y = x (α ⊙ sign(V))ᵀ with V a float32 parameter; gradients pass straight through the sign.
 
@@ -43,7 +49,7 @@ class LatentLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) → (..., O)."""
-        signs = _StraightThroughSign.apply(self.latent)  # type: ignore[no-untyped-call]
+        signs = straight_through_sign(self.latent)
         weight = (signs.view(*self.scale.shape, -1) * self.scale.unsqueeze(-1)).view_as(self.latent)
         return F.linear(x, weight, self.bias)
 

@@ -23,6 +23,8 @@ from kbop_core.shard import Gang
 
 #: Called after each layer with (layers done, layers in all).
 Progress = Callable[[int, int], None]
+#: Another fit in place of fit.py's: weight (O, I), H (I, I), groups → signs (O, I), scales (O, G).
+LayerFit = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 #: Arguments of one call of a block.
 BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -37,7 +39,7 @@ def pretrained_init(
     teacher: nn.Module,
     plan: ConversionPlan,
     batches: Sequence[Tensor],
-    effort: FitEffort | None = None,
+    effort: FitEffort | LayerFit | None = None,
     gang: Gang | None = None,
     progress: Progress = lambda done, total: None,
 ) -> None:
@@ -48,7 +50,7 @@ def pretrained_init(
         teacher: another copy of it, not changed.
         plan: from plan_conversion(model).
         batches: this rank's calibration windows, int64 (B, T) each; at least one.
-        effort: how long to fit each layer.
+        effort: how long to fit each layer, or another fit (a baseline's) to use instead.
         gang: the ranks; all must call, with equal weights.
         progress: told after each layer.
 
@@ -152,11 +154,19 @@ def _layer_input(model: nn.Module, block: str, entry: BinaryEntry, call: BlockCa
 
 
 def _fit_entry(
-    model: nn.Module, entry: BinaryEntry, group_size: int, moments: tuple[Tensor, Tensor], effort: FitEffort, gang: Gang
+    model: nn.Module,
+    entry: BinaryEntry,
+    group_size: int,
+    moments: tuple[Tensor, Tensor],
+    effort: FitEffort | LayerFit,
+    gang: Gang,
 ) -> None:
     weight_OI = linear_weight(model.get_submodule(entry.name)).detach().float()
     mine = gang.rows(entry.out_features)
-    signs, scales = fit_layer(weight_OI[mine], moments[0], entry.groups, effort, moments[1])
+    if callable(effort):
+        signs, scales = effort(weight_OI[mine], moments[0], entry.groups)
+    else:
+        signs, scales = fit_layer(weight_OI[mine], moments[0], entry.groups, effort, moments[1])
     layer = to_binary(model, entry, group_size, trainable=True)
     whole_signs, whole_scales = gang.gather_rows([signs, scales], [entry.out_features] * 2)
     layer.set_signs(whole_signs)

@@ -1,7 +1,9 @@
 """Owns BNN Init from random signs: scales that keep the variance of activations. Refuses to look at any weight.
 
 A sum of I products ±α·x has variance α² I E[x²]; α = gain/√I keeps it at gain² E[x²] (Kaiming's analysis with
-weights of one magnitude). gain 1 for layers without a nonlinearity before them; pre-norm blocks need no other.
+weights of one magnitude). gain 1 for layers without a nonlinearity before them; pre-norm blocks need no other. After
+a ReLU, which halves E[x²], √2. I of a convolution is the weights of one output, C/groups·kh·kw; outputs whose window
+reaches into the zero padding get less.
 """
 
 from __future__ import annotations
@@ -10,11 +12,11 @@ import math
 
 import torch
 
-from kbop_core.layers import BinaryLinear
+from kbop_core.layers import BinaryLayer
 
 
 @torch.no_grad()
-def random_init(layer: BinaryLinear, generator: torch.Generator, gain: float = 1.0) -> None:
+def random_init(layer: BinaryLayer, generator: torch.Generator, gain: float = 1.0) -> None:
     """Draw every sign with probability 1/2 and set every scale to gain/√I.
 
     Args:
