@@ -24,9 +24,9 @@ from kbop_core.distill import distillation_loss, teacher_logits
 from kbop_core.engine import gang_of_ranks
 from kbop_core.hf import load_model, load_tokenizer
 from kbop_core.init.pretrained import pretrained_init
-from kbop_core.kbop import warmup_cosine
 from kbop_core.loop import TrainConfig, layout_steps, start_run, train
 from kbop_core.perplexity import evaluate
+from kbop_core.schedules import warmup_cosine
 from kbop_core.shard import Gang
 from kbop_core.text import WindowOrder, evaluation_windows, read_documents, training_windows
 

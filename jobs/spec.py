@@ -24,7 +24,7 @@ SourceName = Annotated[str, Field(min_length=1, max_length=4096)]
 EFFORT_TOKENS: dict[str, int] = {"quick": 0, "standard": 800_000, "max": 4_000_000}
 
 #: Fields of `method` that only training reads.
-TRAINING_FIELDS = ("batch_tokens", "flip_rate", "momentum", "scale_lr", "other_lr")
+TRAINING_FIELDS = ("batch_tokens", "flip_rate", "momentum", "evidence", "scale_lr", "other_lr")
 
 
 class Strict(BaseModel):
@@ -67,15 +67,24 @@ class MethodSpec(Strict):
         le=1_048_576,
         description="Window length in tokens for training; default: the model's own, at most 2048.",
     )
-    flip_rate: Share = Field(
-        default=4e-3, description="Flips' learning rate: peak share of each layer's signs flipped in a step."
+    flip_rate: Share | None = Field(
+        default=None,
+        description="Flips' learning rate: peak share of each layer's signs flipped in a step; default: what adds up "
+        "to 3 flips per weight over the run, at most 0.004.",
     )
-    momentum: float = Field(
-        default=0.98, ge=0.0, le=0.995, description="Decay of the gradient average that decides the flips."
+    momentum: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=0.9999,
+        description="Decay of the gradient average that decides the flips; default: a memory that grows with the run.",
+    )
+    evidence: Literal["bfloat16", "int8"] = Field(
+        default="bfloat16",
+        description="How that average is stored: 2 bytes per weight, or 1.06.",
     )
     scale_lr: LearningRate = Field(default=3e-3, description="Peak AdamW learning rate of the scales.")
     other_lr: LearningRate = Field(
-        default=1e-3, description="Peak AdamW learning rate of norms, biases, embeddings and head."
+        default=3e-3, description="Peak AdamW learning rate of norms, biases, embeddings and head."
     )
     calibration_tokens: int = Field(
         default=32_768, ge=1, le=2**28, description="Training tokens that BNN Init measures the layers' inputs on."

@@ -1,14 +1,16 @@
 """KBOP: the flip rule and its optimizer. Everything that decides whether a weight changes its sign is in this file.
 
-Refuses to know how gradients are computed (layers.py), who owns which rows (shard.py) or how scales learn (engine.py).
+Refuses to know how gradients are computed (layers.py), who owns which rows (shard.py), how evidence is stored
+(evidence.py) or how scales learn (engine.py).
 
 A weight is a sign s ∈ {±1} and has no latent value behind it. Its gradient at the binary point, g = ∂loss/∂s, says
 what a flip would do: s → −s changes the loss by about −2 s·g (first order), so a flip helps where s·g > 0. One noisy
-gradient is weak evidence; an exponential moving average is better. Layers, rows and columns have gradients of very
-different size; dividing by the root mean squares of row and column makes them comparable:
+gradient is weak evidence; a running average is better. Layers, rows and columns have gradients of very different size
+and curvature; dividing by powers of their second moments makes the averages comparable:
 
-    m_ij ← β m_ij + (1 − β) g_ij                         evidence (the only state: two bytes a weight)
-    u_ij = m_ij / √(r_i c_j),  r_i = mean_j m²_ij,  c_j = mean_i m²_ij
+    m_ij ← β_t m_ij + (1 − β_t) g_ij                      evidence,  β_t = 1 − 1/(w₀ + c t)
+    r_i  ← ρ r_i + (1 − ρ) mean_j g²_ij,   c_j ← ρ c_j + (1 − ρ) mean_i g²_ij
+    u_ij = m_ij / (r_i c_j)^p
     flip (i, j) where  s_ij u_ij  is positive and among the k_t largest of the layer;  then m_ij ← 0 there
     k_t  = ⌊N·H(t+1)⌋ − ⌊N·H(t)⌋,   H(t) = Σ_{τ<t} η_τ   (N weights in the layer)
 
@@ -16,21 +18,33 @@ different size; dividing by the root mean squares of row and column makes them c
 adaptive threshold with the multiple of the deviation chosen so that the share is exact. k_t carries fractions over, so
 small layers and small rates flip too. Ties at the threshold do not flip; a zero gradient never flips anything.
 
+Why p = ¾: the second-order change of a flip, −2 s g + 2 h, is negative where s g > h, so a weight of large curvature h
+needs more evidence. √(r c) is the size of the noise, r c estimates the curvature; the exponent between them is best
+(docs/quality.md). Why the average grows longer: what limits a long run is noise, not age of the evidence.
+
+Convergence. Let the loss be L-smooth in the signs and its gradient bounded, in all N weights together. k flips change
+it by at most −2 Σ s g + 2 L k; with H bounded and η_t → 0 the flips of a step stop overshooting, β_t → 1 drives the
+noise of m to 0, and a weight keeps its sign only if s·E[g] ≤ 0 up to that bound: the run ends where no single flip
+gains more than 2 L. On a separable convex quadratic that is the optimum, and the rule reaches it (test_kbop.py).
+
 | symbol | here | unit |
 |---|---|---|
 | g | argument of the gradient sink, (O, I) | loss |
-| m | `_Shard.evidence`, bfloat16, (R, I) | loss |
-| u | `evidence_scores`, float32 | 1/loss: only its order within a layer matters |
+| m | `_Shard.evidence` × `KBOP.unit` | loss |
+| r, c | `_Shard.row`, `_Shard.column` | loss² |
+| u | `evidence_scores`, float32 | only its order within a layer matters |
 | η | `FlipSchedule.peak` | share of a layer's weights per step, 0 … 0.5 |
-| β | `KBOP(momentum=…)` | 1, 0 ≤ β ≤ 0.995 |
+| w₀, c | `MomentumSchedule` (schedules.py) | steps; 1 |
+| ρ, p | `MOMENT_DECAY`, `POWER` | 1 |
+
+Squares do not add up over micro-steps and ranks, but projections do: with Ω a matrix of random ±1,
+mean_j g²_ij = E[(g Ω)²_ik]/I. So r and c are measured on `PROBES` projections of rows and columns, summed like
+gradients, and no rank ever holds the whole gradient of a step (measured beside exact ones: docs/quality.md).
 
 Sources: one average, a threshold adapted to the layer and a learning rate for the flips are KBOP's (OpenReview
-r16HwfP4HA, abstract and reviews); row × column normalisation, the exact share and the reset are ours. r and c are
-those of the evidence itself, not of the gradient: no further state to keep or to shard (docs/quality.md).
+r16HwfP4HA, abstract and reviews); the rest is ours, each choice with its row in docs/quality.md (`make bench-quality`).
 
-World-size independence: a bfloat16 has 8 significant bits, its square 16, so the float64 sums behind r and c are exact
-in any order while |m| in a row or column spans less than 2^12 (beyond: they differ in the 16th digit, of which the
-float32 score keeps 7). With gradients that sum exactly, 1, 2 or 3 ranks flip the same weights.
+World-size independence: with gradients that sum exactly, 1, 2 or 3 ranks flip the same weights.
 """
 
 from __future__ import annotations
@@ -39,8 +53,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
-from itertools import accumulate
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,11 +61,17 @@ from torch import Tensor
 
 from kbop_core.bits import unpack_signs
 from kbop_core.errors import GradientContract, NonFiniteGradient
-from kbop_core.layers import BinaryLinear
+from kbop_core.evidence import Evidence, EvidenceKind, make_evidence
+from kbop_core.layers import BinaryLayer
+from kbop_core.schedules import FlipSchedule, MomentumSchedule
 from kbop_core.shard import Gang
 
-#: Largest β: from 0.997 on a bfloat16 times β rounds back to itself, and evidence would never decay.
-MOST_MOMENTUM = 0.995
+#: Decay ρ of the gradient's second moments, and their power p in the score (docs/quality.md).
+MOMENT_DECAY, POWER = 0.98, 0.75
+#: Random projections that measure the second moments: one step's estimate is off by √(2/16), their average by 5 %.
+PROBES = 16
+#: Once Π β is below this, the stored evidence is multiplied by it: a power of two, so nothing is rounded.
+LEAST_UNIT = 2.0**-24
 
 # --------------------------------------------------------------------------------------------------------------------
 # The rule
@@ -64,18 +83,24 @@ def evidence_scores(signs_RI: Tensor, evidence_RI: Tensor, row_R: Tensor, column
 
     Args:
         signs_RI: ±1, float32, overwritten and returned.
-        evidence_RI: m, any floating dtype.
-        row_R: r, mean square of m over each row's columns, float64, ≥ 0.
-        column_I: c, mean square of m over each column's rows (all ranks), float64, ≥ 0.
+        evidence_RI: m, up to a positive factor of the whole layer.
+        row_R: r, mean square of the gradient over each row, float32, ≥ 0.
+        column_I: c, mean square of the gradient over each column (all ranks), float32, ≥ 0.
 
     Returns:
-        float32 (R, I), unit 1/loss; 0 where the evidence is 0, also in all-zero rows and columns.
+        float32 (R, I); 0 where the evidence is 0, also in rows and columns that never had a gradient.
     """
-    tiny = torch.finfo(torch.float32).tiny
     signs_RI *= evidence_RI
-    signs_RI *= (row_R + tiny).rsqrt().float()[:, None]
-    signs_RI *= (column_I + tiny).rsqrt().float()
+    signs_RI *= _inverse_power(row_R)[:, None]
+    signs_RI *= _inverse_power(column_I)
     return signs_RI
+
+
+def _inverse_power(moment: Tensor) -> Tensor:
+    """moment^−p in float64, over its largest so that no unit of the loss under- or overflows; 0 where it is 0."""
+    top = moment.max() if moment.numel() else moment.new_zeros(())
+    relative = moment.double() / top.double()
+    return torch.where(moment > 0, relative.pow(-POWER), 0.0).float()
 
 
 def flip_threshold(scores: Tensor, count: int) -> float:
@@ -88,49 +113,6 @@ def flip_threshold(scores: Tensor, count: int) -> float:
     if count >= scores.numel():
         return 0.0
     return max(0.0, float(scores.topk(count + 1).values[-1]))
-
-
-@dataclass(frozen=True)
-class FlipSchedule:
-    """The flips' learning rate over time: linear warm-up, then cosine to zero.
-
-    Attributes:
-        peak: η, largest share of a layer's weights flipped in one step, 0 … 0.5.
-        steps: length of the run.
-        warmup: steps of the linear rise.
-    """
-
-    peak: float
-    steps: int
-    warmup: int
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.peak <= 0.5:
-            raise ValueError(f"flip_rate is {self.peak}; it is a share of the weights per step, 0 … 0.5")
-
-    def share(self, step: int) -> float:
-        """η at a step, 0 ≤ step; 0 beyond the end."""
-        return self.peak * warmup_cosine(step, self.steps, self.warmup)
-
-    @cached_property
-    def _spent(self) -> tuple[float, ...]:
-        """H(0) … H(steps)."""
-        return tuple(accumulate((self.share(t) for t in range(self.steps)), initial=0.0))
-
-    def count(self, step: int, weights: int) -> int:
-        """k_t: flips allowed in a layer of `weights` weights; fractions are carried from step to step."""
-        if step >= self.steps:
-            return 0
-        return math.floor(weights * self._spent[step + 1]) - math.floor(weights * self._spent[step])
-
-
-def warmup_cosine(step: int, steps: int, warmup: int) -> float:
-    """Factor in (0, 1]: linear over the first `warmup` steps, then cosine to 0 at `steps`."""
-    if step >= steps:
-        return 0.0
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup + 1) / max(1, steps - warmup + 1)))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -153,16 +135,33 @@ class FlipStats:
 
 @dataclass
 class _Shard:
-    """This rank's rows of one layer and their evidence."""
+    """This rank's rows of one layer, their evidence, and the layer's second moments."""
 
-    layer: BinaryLinear
+    layer: BinaryLayer
     rows: slice
-    evidence: Tensor  # m, (R, I), bfloat16
+    evidence: Evidence  # S = m / unit, (R, I)
+    row: Tensor  # r, (R,) float32
+    column: Tensor  # c, (I,) float32, equal on all ranks
+    row_sketch: Tensor  # (R, PROBES), sum of g Ω over the micro-steps of this step
+    column_sketch: Tensor  # (PROBES, I), this rank's part of Ωᵀ g
     arrived: int = 0  # micro-steps folded since the last step
+
+    @classmethod
+    def empty(cls, layer: BinaryLayer, rows: slice, kind: EvidenceKind) -> _Shard:
+        height, width, device = rows.stop - rows.start, layer.in_features, layer.weight.device
+        zeros = partial(torch.zeros, dtype=torch.float32, device=device)
+        evidence = make_evidence(kind, height, width, device)
+        return cls(layer, rows, evidence, zeros(height), zeros(width), zeros(height, PROBES), zeros(PROBES, width))
 
     @property
     def bits(self) -> Tensor:
         return self.layer.weight[self.rows]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What lives between two steps besides the bits."""
+        return {"row": self.row, "column": self.column} | {
+            f"evidence.{part}": tensor for part, tensor in self.evidence.tensors().items()
+        }
 
 
 class KBOP:
@@ -174,35 +173,48 @@ class KBOP:
     Args:
         layers: name → layer; every rank gives the same ones in the same order.
         schedule: η over time.
-        momentum: β, 0 ≤ β ≤ 0.995. The default is explained in docs/quality.md.
+        momentum: β over time; a number keeps it constant, 0 ≤ β ≤ MOST_MOMENTUM.
         micro_steps: backward passes between two steps. Each layer must see exactly this many.
         gang: the ranks; the gradients of all are summed and divided by their number.
+        evidence: how m is stored: "bfloat16" (2 bytes a weight) or "int8" (1.06).
         in_flight: reduce-scatters allowed to overlap with the rest of backward.
     """
 
     def __init__(
         self,
-        layers: Mapping[str, BinaryLinear],
+        layers: Mapping[str, BinaryLayer],
         schedule: FlipSchedule,
-        momentum: float = 0.98,
+        momentum: MomentumSchedule | float | None = None,
         micro_steps: int = 1,
         gang: Gang | None = None,
+        evidence: EvidenceKind = "bfloat16",
         in_flight: int = 2,
     ) -> None:
-        if not 0.0 <= momentum <= MOST_MOMENTUM:
-            raise ValueError(f"momentum is {momentum}; legal: 0 ≤ momentum ≤ {MOST_MOMENTUM}")
-        self.schedule, self.momentum, self.micro_steps = schedule, momentum, micro_steps
+        if isinstance(momentum, float):
+            momentum = MomentumSchedule.constant(momentum)
+        self.schedule, self.momentum, self.micro_steps = schedule, momentum or MomentumSchedule(), micro_steps
         self.gang, self.in_flight, self.steps_done = gang or Gang(), in_flight, 0
+        self.unit = 1.0  # f = Π β since the evidence was last rescaled
         self._pending: deque[tuple[_Shard, Callable[[], Tensor]]] = deque()
         self.shards: dict[str, _Shard] = {}
         for name, layer in layers.items():
-            rows = self.gang.rows(layer.out_features)
-            shape = (rows.stop - rows.start, layer.in_features)
-            evidence = torch.zeros(shape, dtype=torch.bfloat16, device=layer.weight.device)
-            self.shards[name] = _Shard(layer, rows, evidence)
+            self.shards[name] = _Shard.empty(layer, self.gang.rows(layer.out_features), evidence)
             layer.gradient_sink = partial(self._receive, self.shards[name])
+        self._probes = _random_signs(max(max(la.in_features, la.out_features) for la in layers.values()))
+        self._probes = self._probes.to(next(iter(layers.values())).weight.device)
+        self._decay()
 
     # -- gradients in ---------------------------------------------------------------------------------------------
+
+    def _decay(self) -> None:
+        """m ← β m for the coming step, by its unit."""
+        beta = self.momentum.beta(self.steps_done)
+        self.unit *= beta
+        if self.unit < LEAST_UNIT:
+            factor = LEAST_UNIT if beta > 0 else 0.0
+            for shard in self.shards.values():
+                shard.evidence.multiply(factor)
+            self.unit = self.unit / LEAST_UNIT if beta > 0 else 1.0
 
     def _receive(self, shard: _Shard, grad_OI: Tensor) -> None:
         """Gradient sink of one layer: start its reduce-scatter, fold an earlier one that has had time to arrive."""
@@ -211,11 +223,11 @@ class KBOP:
             self._fold(*self._pending.popleft())
 
     def _fold(self, shard: _Shard, arrive: Callable[[], Tensor]) -> None:
-        """m ← β m + (1 − β) g over the micro-steps of a step, without a buffer for g."""
-        gradient = arrive()
-        decay = self.momentum if shard.arrived == 0 else 1.0
-        gain = (1.0 - self.momentum) / self.gang.size
-        shard.evidence.copy_(gradient.float().mul_(gain).add_(shard.evidence, alpha=decay))
+        """m ← m + (1 − β) g and the projections of g, over the micro-steps of a step, without a buffer for g."""
+        gradient = arrive().float()
+        shard.row_sketch.addmm_(gradient, self._probes[: gradient.shape[1]])
+        shard.column_sketch.addmm_(self._probes[shard.rows].t(), gradient)
+        shard.evidence.add(gradient, (1.0 - self.momentum.beta(self.steps_done)) / self.gang.size / self.unit)
         shard.arrived += 1
 
     # -- flips out ------------------------------------------------------------------------------------------------
@@ -233,17 +245,15 @@ class KBOP:
         while self._pending:
             self._fold(*self._pending.popleft())
         self._check_arrivals()
-        moments = self._moments()
+        self._take_moments()
         counts = [self.schedule.count(self.steps_done, s.layer.signs_count) for s in self.shards.values()]
-        best = [
-            _largest(_scores(shard, *moment), count)
-            for shard, moment, count in zip(self.shards.values(), moments, counts, strict=True)
-        ]
+        best = [_largest(_scores(shard), count) for shard, count in zip(self.shards.values(), counts, strict=True)]
         thresholds = self._thresholds([values for values, _ in best], counts)
         for shard, (values, places), threshold in zip(self.shards.values(), best, thresholds, strict=True):
             _flip(shard, places[values > threshold])
             shard.arrived = 0
         self.steps_done += 1
+        self._decay()
         return self._share_bits(torch.tensor([int((v > t).sum()) for (v, _), t in zip(best, thresholds, strict=True)]))
 
     def _check_arrivals(self) -> None:
@@ -255,19 +265,21 @@ class KBOP:
                 "every binary layer must be used exactly once in each forward pass; keep others with `keep`",
             )
 
-    def _moments(self) -> list[tuple[Tensor, Tensor]]:
-        """(r, c) of every layer, exact over shards: one all-reduce for all columns of all layers."""
-        rows, columns = [], []
-        for shard in self.shards.values():
-            squares = shard.evidence.float().square_()
-            rows.append(squares.sum(1, dtype=torch.float64) / shard.layer.in_features)
-            columns.append(squares.sum(0, dtype=torch.float64))
-        summed = self.gang.sum(torch.cat(columns))
-        if not bool(summed.isfinite().all()):
-            self._raise_non_finite(summed.split([c.numel() for c in columns]))
-        parts = summed.split([c.numel() for c in columns])
-        totals = [shard.layer.out_features for shard in self.shards.values()]
-        return [(r, c / total) for r, c, total in zip(rows, parts, totals, strict=True)]
+    def _take_moments(self) -> None:
+        """Fold this step's projections into r and c, exact over shards: one all-reduce for all layers."""
+        shards = list(self.shards.values())
+        flat = self.gang.sum(torch.cat([s.column_sketch.reshape(-1) for s in shards]))
+        sketches = flat.split([s.column_sketch.numel() for s in shards])
+        if not bool(flat.isfinite().all()):
+            self._raise_non_finite(sketches)
+        gain = 1.0 if self.steps_done == 0 else 1.0 - MOMENT_DECAY
+        for shard, sketch in zip(shards, sketches, strict=True):
+            columns = sketch.view_as(shard.column_sketch).double().square_().mean(0) / shard.layer.out_features
+            rows = shard.row_sketch.double().square_().mean(1) / shard.layer.in_features
+            for moment, fresh in ((shard.row, rows), (shard.column, columns)):
+                moment.lerp_((fresh / self.gang.size**2).float(), gain)
+            shard.row_sketch.zero_()
+            shard.column_sketch.zero_()
 
     def _raise_non_finite(self, columns: tuple[Tensor, ...]) -> None:
         names = [n for n, c in zip(self.shards, columns, strict=True) if not bool(c.isfinite().all())]
@@ -296,13 +308,16 @@ class KBOP:
     # -- state ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's rows: evidence (aliased) and bits (copied), and the step."""
+        """This rank's rows: evidence and moments (aliased), bits (copied), and the step."""
         return {
             "steps_done": self.steps_done,
             "rows": {name: (s.rows.start, s.rows.stop) for name, s in self.shards.items()},
-            "evidence": {name: s.evidence for name, s in self.shards.items()},
-            "bits": {name: s.bits.clone() for name, s in self.shards.items()},
+            "unit": self.unit,
+            "tensors": self._tensors() | {f"bits.{name}": s.bits.clone() for name, s in self.shards.items()},
         }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f"{part}.{name}": t for name, s in self.shards.items() for part, t in s.tensors().items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -316,22 +331,38 @@ class KBOP:
             raise ValueError(
                 f"saved for other layers or another number of ranks: this is {self.gang.rank} of {self.gang.size}"
             )
-        self.steps_done = int(state["steps_done"])
+        held = self._tensors()
+        if {k: v.shape for k, v in held.items()} != {
+            k: v.shape for k, v in state["tensors"].items() if not k.startswith("bits.")
+        }:
+            raise ValueError("saved with another kind of evidence; train with the kind that the checkpoint has")
+        self.steps_done, self.unit = int(state["steps_done"]), float(state["unit"])
+        for name, tensor in held.items():
+            tensor.copy_(state["tensors"][name])
         for name, shard in self.shards.items():
-            shard.evidence.copy_(state["evidence"][name])
-            shard.bits.copy_(state["bits"][name])
+            shard.bits.copy_(state["tensors"][f"bits.{name}"])
+            shard.row_sketch.zero_()
+            shard.column_sketch.zero_()
             shard.arrived = 0
         self._pending.clear()
         self._share_bits(torch.zeros(len(self.shards), dtype=torch.int64))
 
     def state_bytes(self) -> int:
-        """Bytes that live between two steps on this rank because of the binary weights: bits and evidence."""
-        return sum(s.layer.weight.nbytes + s.evidence.nbytes for s in self.shards.values())
+        """Bytes that live between two steps on this rank because of the binary weights: bits, evidence, moments."""
+        return sum(s.layer.weight.nbytes for s in self.shards.values()) + sum(
+            t.nbytes for s in self.shards.values() for t in s.tensors().values()
+        )
 
 
-def _scores(shard: _Shard, row_R: Tensor, column_I: Tensor) -> Tensor:
+def _random_signs(count: int) -> Tensor:
+    """Ω: float32 (count, PROBES) of ±1, the same on every rank and device."""
+    bits = torch.randint(0, 2, (count, PROBES), generator=torch.Generator().manual_seed(0))
+    return bits.mul_(2).sub_(1).float()
+
+
+def _scores(shard: _Shard) -> Tensor:
     signs = unpack_signs(shard.bits, shard.layer.in_features)
-    return evidence_scores(signs, shard.evidence, row_R, column_I).view(-1)
+    return evidence_scores(signs, shard.evidence.values(), shard.row, shard.column).view(-1)
 
 
 def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -356,7 +387,7 @@ def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _flip(shard: _Shard, places: Tensor) -> None:
     """Flip the signs at flat places of the shard and forget their evidence: they start anew from the other side."""
-    shard.evidence.view(-1)[places] = 0
+    shard.evidence.clear(places)
     row, column = places // shard.layer.in_features, places % shard.layer.in_features
     width = shard.layer.weight.shape[1]
     change = torch.zeros(shard.bits.numel(), dtype=torch.uint8, device=places.device)

@@ -21,9 +21,14 @@ from kbop_core.convert import binary_layers
 from kbop_core.distill import distillation_loss, teacher_logits
 from kbop_core.engine import Engine, EngineConfig
 from kbop_core.errors import NonFiniteLoss
-from kbop_core.kbop import KBOP, FlipSchedule, warmup_cosine
+from kbop_core.evidence import EvidenceKind
+from kbop_core.kbop import KBOP
+from kbop_core.schedules import FlipSchedule, warmup_cosine
 from kbop_core.shard import Gang
 from kbop_core.text import WindowOrder
+
+#: Flips a run may spend on each weight, on average: the default flips' learning rate (docs/quality.md).
+FLIPS_PER_WEIGHT = 3.0
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,10 @@ class TrainConfig:
 
     Attributes:
         steps: optimizer steps, ≥ 1.
-        flip_rate: peak share of each layer's signs flipped in a step, 0 … 0.5.
-        momentum: decay of the evidence, 0 ≤ β ≤ 0.995.
+        flip_rate: peak share of each layer's signs flipped in a step, 0 … 0.5; None: the one that adds up to
+            FLIPS_PER_WEIGHT over the run.
+        momentum: constant decay of the evidence, 0 ≤ β ≤ 0.9999; None: MomentumSchedule's growing memory.
+        evidence: how the evidence is stored, "bfloat16" or "int8".
         scale_lr: peak AdamW learning rate of scales.
         other_lr: peak AdamW learning rate of norms, biases, embeddings and head.
         warmup: share of the steps in which all rates rise, 0 … 1.
@@ -82,10 +89,11 @@ class TrainConfig:
     """
 
     steps: int
-    flip_rate: float = 4e-3
-    momentum: float = 0.98
+    flip_rate: float | None = None
+    momentum: float | None = None
+    evidence: EvidenceKind = "bfloat16"
     scale_lr: float = 3e-3
-    other_lr: float = 1e-3
+    other_lr: float = 3e-3
     warmup: float = 0.05
     seed: int = 0
     zero_stage: int = 1
@@ -95,6 +103,13 @@ class TrainConfig:
     def warmup_steps(self) -> int:
         """Steps in which all rates rise."""
         return max(1, math.ceil(self.warmup * self.steps))
+
+    @property
+    def flip_schedule(self) -> FlipSchedule:
+        """η over the run."""
+        if self.flip_rate is None:
+            return FlipSchedule.for_budget(FLIPS_PER_WEIGHT, self.steps, self.warmup_steps)
+        return FlipSchedule(self.flip_rate, self.steps, self.warmup_steps)
 
 
 @dataclass(frozen=True)
@@ -156,8 +171,8 @@ def start_run(
     engine_config = EngineConfig(layout.micro_batch, layout.micro_steps, config.zero_stage, bf16=device.type == "cuda")
     engine = Engine(student, groups, engine_config, config.timeout_s)
     gang = replace(gang, group=engine.group) if gang.size > 1 else gang
-    schedule = FlipSchedule(config.flip_rate, config.steps, config.warmup_steps)
-    kbop = KBOP(binary_layers(student), schedule, config.momentum, layout.micro_steps, gang)
+    layers, schedule = binary_layers(student), config.flip_schedule
+    kbop = KBOP(layers, schedule, config.momentum, layout.micro_steps, gang, config.evidence)
     return Run(config, layout, gang, teacher, engine, kbop, windows_NT, device)
 
 

@@ -74,12 +74,9 @@ def save_state(folder: Path, step: int, engine: Engine, kbop: KBOP, gang: Gang) 
 
 def _write_rank(folder: Path, kbop: KBOP, gang: Gang) -> None:
     state = kbop.state_dict()
-    tensors = {f"evidence.{n}": t.contiguous() for n, t in state["evidence"].items()}
-    tensors |= {f"bits.{n}": t.contiguous() for n, t in state["bits"].items()}
-    rows = json.dumps(state["rows"])
-    write_tensors(
-        tensors, folder / f"rank-{gang.rank}.safetensors", {"rows": rows, "steps_done": str(state["steps_done"])}
-    )
+    tensors = {n: t.contiguous() for n, t in state["tensors"].items()}
+    header = {"rows": json.dumps(state["rows"]), "steps_done": str(state["steps_done"]), "unit": repr(state["unit"])}
+    write_tensors(tensors, folder / f"rank-{gang.rank}.safetensors", header)
 
 
 def _complete(temporary: Path, final: Path, step: int, ranks: int) -> None:
@@ -136,8 +133,8 @@ def load_state(folder: Path, engine: Engine, kbop: KBOP, gang: Gang) -> int:
         {
             "steps_done": int(header["steps_done"]),
             "rows": {n: tuple(r) for n, r in json.loads(header["rows"]).items()},
-            "evidence": {n.removeprefix("evidence."): t for n, t in tensors.items() if n.startswith("evidence.")},
-            "bits": {n.removeprefix("bits."): t for n, t in tensors.items() if n.startswith("bits.")},
+            "unit": float(header["unit"]),
+            "tensors": tensors,
         }
     )
     return int(header["steps_done"])

@@ -75,6 +75,7 @@ def train_config(space: Workspace) -> TrainConfig:
         steps=space.steps,
         flip_rate=method.flip_rate,
         momentum=method.momentum,
+        evidence=method.evidence,
         scale_lr=method.scale_lr,
         other_lr=method.other_lr,
         seed=space.spec.seed,

@@ -1,0 +1,112 @@
+"""Owns how evidence is stored: the running average of one shard's gradients, in two bytes a weight or in one.
+
+Refuses to know what it is evidence for (kbop.py). m ← β m + (1 − β) g is kept as S = m / f with f = Π β, so that decay
+touches one number instead of every weight and cannot be lost to rounding (a bfloat16 times 0.997 rounds back to
+itself); f is KBOP's, equal for all layers. When f has become small, S is multiplied by a power of two, which is exact.
+
+| store | bytes a weight | rounding of S |
+|---|---|---|
+| `bfloat16` | 2 | 8 significant bits |
+| `int8` | 1 + 4/64 | 1/127 of the largest |S| among 64 neighbours in a row |
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EvidenceKind = Literal["bfloat16", "int8"]
+#: Weights of a row that share a block scale in int8.
+BLOCK = 64
+
+
+class Evidence(Protocol):
+    """S of one shard, (R, I)."""
+
+    def add(self, gradient_RI: Tensor, gain: float) -> None:
+        """S ← S + gain · gradient; the gradient may be overwritten."""
+        ...
+
+    def values(self) -> Tensor:
+        """S as a new float32 tensor (R, I)."""
+        ...
+
+    def multiply(self, factor: float) -> None:
+        """S ← factor · S; exact for powers of two while nothing underflows, and for 0."""
+        ...
+
+    def clear(self, places: Tensor) -> None:
+        """S ← 0 at flat places, int64."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps; aliased, to be copied into when one is loaded."""
+        ...
+
+
+def make_evidence(kind: EvidenceKind, rows: int, columns: int, device: torch.device) -> Evidence:
+    """Zero evidence (R, I).
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    if kind == "bfloat16":
+        return _BrainFloat(rows, columns, device)
+    if kind == "int8":
+        return _BlockInt8(rows, columns, device)
+    raise ValueError(f"evidence is {kind!r}; legal: 'bfloat16' (2 bytes a weight), 'int8' (1.06)")
+
+
+class _BrainFloat:
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        self.stored = torch.zeros(rows, columns, dtype=torch.bfloat16, device=device)
+
+    def add(self, gradient_RI: Tensor, gain: float) -> None:
+        self.stored.copy_(gradient_RI.float().mul_(gain).add_(self.stored))
+
+    def values(self) -> Tensor:
+        return self.stored.float()
+
+    def multiply(self, factor: float) -> None:
+        self.stored.mul_(factor)
+
+    def clear(self, places: Tensor) -> None:
+        self.stored.view(-1)[places] = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"values": self.stored}
+
+
+class _BlockInt8:
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        self.columns = columns
+        blocks = -(-columns // BLOCK)
+        self.codes = torch.zeros(rows, columns, dtype=torch.int8, device=device)
+        self.scales = torch.zeros(rows, blocks, dtype=torch.float32, device=device)
+
+    def add(self, gradient_RI: Tensor, gain: float) -> None:
+        whole = self.values().add_(gradient_RI.float(), alpha=gain)
+        tail = self.scales.shape[1] * BLOCK - self.columns
+        padded = F.pad(whole, (0, tail)) if tail else whole
+        blocks = padded.view(whole.shape[0], -1, BLOCK)
+        torch.amax(blocks.abs(), dim=-1, out=self.scales)
+        self.scales /= 127.0
+        inverse = torch.where(self.scales > 0, 1.0 / self.scales, 0.0)
+        codes = (blocks * inverse.unsqueeze(-1)).round_().clamp_(-127, 127)
+        self.codes.copy_(codes.view(padded.shape)[:, : self.columns])
+
+    def values(self) -> Tensor:
+        spread = self.scales.repeat_interleave(BLOCK, dim=1)[:, : self.columns]
+        return self.codes.float().mul_(spread)
+
+    def multiply(self, factor: float) -> None:
+        self.scales.mul_(factor)
+
+    def clear(self, places: Tensor) -> None:
+        self.codes.view(-1)[places] = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"codes": self.codes, "scales": self.scales}
