@@ -8,9 +8,10 @@ BIN := $(VENV)/bin
 MODEL ?= builtin:demo
 DATA ?= builtin:python-docs
 TOKENS ?= 400000
+SUITE ?= short
 export DS_BUILD_OPS := 0
 
-.PHONY: help demo test lint format bench bench-step bench-init bench-rule serve lock teacher clean
+.PHONY: help demo test lint format bench bench-step bench-init bench-quality bench-super-resolution serve lock teacher clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,7 +43,7 @@ format: $(VENV)/.dev  ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: bench-step bench-init bench-rule  ## every benchmark
+bench: bench-step bench-init bench-quality bench-super-resolution  ## every benchmark
 
 bench-step: $(VENV)/.worker  ## cost and memory of a training step beside latent weights + AdamW
 	$(BIN)/python -m benchmarks.step
@@ -50,8 +51,11 @@ bench-step: $(VENV)/.worker  ## cost and memory of a training step beside latent
 bench-init: $(VENV)/.worker  ## BNN Init: perplexity and time beside plain binarization
 	$(BIN)/python -m benchmarks.init
 
-bench-rule: $(VENV)/.worker  ## KBOP, scales only, and latent weights on a small model (ten minutes)
-	$(BIN)/python -m benchmarks.rule
+bench-quality: $(VENV)/.worker  ## perplexity per bit beside every peer; resumable; SUITE="short medium seeds ablations long"
+	$(BIN)/python -m benchmarks.quality $(SUITE)
+
+bench-super-resolution: $(VENV)/.worker  ## binary convolutions: T91 to Set5 and Set14, beside their peers
+	$(BIN)/python -m benchmarks.super_resolution
 
 serve: $(VENV)/.worker  ## run the server on http://127.0.0.1:8700
 	$(BIN)/kbop serve

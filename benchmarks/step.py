@@ -67,7 +67,7 @@ class Method:
     """One way to train: `step` does one step; `state_bytes` is what it holds per binary weight between steps."""
 
     name: str
-    step: Callable[[], None]
+    step: Callable[[], object]
     state_bytes: Callable[[], float | None]
 
 
@@ -78,7 +78,7 @@ def kbop(shape: Shape, teacher: LlamaForCausalLM, ids: torch.Tensor, gang: Gang)
     layout = layout_steps(shape.context * shape.windows, shape.context, 1, shape.windows)
     run = start_run(student, teacher, ids, TrainConfig(steps=10 * STEPS), layout, gang)
     steps = train(run, range(10 * STEPS))
-    return Method("KBOP", lambda: next(steps) and None, lambda: run.kbop.state_bytes() / plan.weights)
+    return Method("KBOP", lambda: next(steps), lambda: run.kbop.state_bytes() / plan.weights)
 
 
 def latent(shape: Shape, teacher: LlamaForCausalLM, ids: torch.Tensor, deepspeed: bool) -> Method:

@@ -69,8 +69,8 @@ class MethodSpec(Strict):
     )
     flip_rate: Share | None = Field(
         default=None,
-        description="Flips' learning rate: peak share of each layer's signs flipped in a step; default: what adds up "
-        "to 3 flips per weight over the run, at most 0.004.",
+        description="Flips' learning rate: peak share of each layer's signs flipped in a step; default: 0.025 / "
+        "√steps.",
     )
     momentum: float | None = Field(
         default=None,

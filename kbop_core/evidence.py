@@ -21,6 +21,8 @@ from torch import Tensor
 EvidenceKind = Literal["bfloat16", "int8"]
 #: Weights of a row that share a block scale in int8.
 BLOCK = 64
+#: Block scales up to this count as 0: the inverse of a smaller one is no float32.
+LEAST_SCALE = 2.0**-126
 
 
 class Evidence(Protocol):
@@ -91,10 +93,10 @@ class _BlockInt8:
         whole = self.values().add_(gradient_RI.float(), alpha=gain)
         tail = self.scales.shape[1] * BLOCK - self.columns
         padded = F.pad(whole, (0, tail)) if tail else whole
-        blocks = padded.view(whole.shape[0], -1, BLOCK)
+        blocks = padded.view(*self.scales.shape, BLOCK)
         torch.amax(blocks.abs(), dim=-1, out=self.scales)
         self.scales /= 127.0
-        inverse = torch.where(self.scales > 0, 1.0 / self.scales, 0.0)
+        inverse = torch.where(self.scales > LEAST_SCALE, 1.0 / self.scales, 0.0)
         codes = (blocks * inverse.unsqueeze(-1)).round_().clamp_(-127, 127)
         self.codes.copy_(codes.view(padded.shape)[:, : self.columns])
 

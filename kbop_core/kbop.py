@@ -66,7 +66,8 @@ from kbop_core.layers import BinaryLayer
 from kbop_core.schedules import FlipSchedule, MomentumSchedule
 from kbop_core.shard import Gang
 
-#: Decay ρ of the gradient's second moments, and their power p in the score (docs/quality.md).
+#: Decay ρ of the gradient's second moments (at most 1 − 1/(t+1): the first ones must not linger), and their power p in
+#: the score (docs/quality.md).
 MOMENT_DECAY, POWER = 0.98, 0.75
 #: Random projections that measure the second moments: one step's estimate is off by √(2/16), their average by 5 %.
 PROBES = 16
@@ -272,7 +273,7 @@ class KBOP:
         sketches = flat.split([s.column_sketch.numel() for s in shards])
         if not bool(flat.isfinite().all()):
             self._raise_non_finite(sketches)
-        gain = 1.0 if self.steps_done == 0 else 1.0 - MOMENT_DECAY
+        gain = max(1.0 - MOMENT_DECAY, 1.0 / (self.steps_done + 1))  # a plain mean while there are few
         for shard, sketch in zip(shards, sketches, strict=True):
             columns = sketch.view_as(shard.column_sketch).double().square_().mean(0) / shard.layer.out_features
             rows = shard.row_sketch.double().square_().mean(1) / shard.layer.in_features

@@ -27,9 +27,6 @@ from kbop_core.schedules import FlipSchedule, warmup_cosine
 from kbop_core.shard import Gang
 from kbop_core.text import WindowOrder
 
-#: Flips a run may spend on each weight, on average: the default flips' learning rate (docs/quality.md).
-FLIPS_PER_WEIGHT = 3.0
-
 
 @dataclass(frozen=True)
 class StepLayout:
@@ -76,8 +73,7 @@ class TrainConfig:
 
     Attributes:
         steps: optimizer steps, ≥ 1.
-        flip_rate: peak share of each layer's signs flipped in a step, 0 … 0.5; None: the one that adds up to
-            FLIPS_PER_WEIGHT over the run.
+        flip_rate: peak share of each layer's signs flipped in a step, 0 … 0.5; None: FLIP_RATE/√steps.
         momentum: constant decay of the evidence, 0 ≤ β ≤ 0.9999; None: MomentumSchedule's growing memory.
         evidence: how the evidence is stored, "bfloat16" or "int8".
         scale_lr: peak AdamW learning rate of scales.
@@ -108,7 +104,7 @@ class TrainConfig:
     def flip_schedule(self) -> FlipSchedule:
         """η over the run."""
         if self.flip_rate is None:
-            return FlipSchedule.for_budget(FLIPS_PER_WEIGHT, self.steps, self.warmup_steps)
+            return FlipSchedule.for_steps(self.steps, self.warmup_steps)
         return FlipSchedule(self.flip_rate, self.steps, self.warmup_steps)
 
 

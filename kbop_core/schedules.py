@@ -12,8 +12,9 @@ from itertools import accumulate
 
 #: Largest β: beyond, what a gradient adds is less than half the last digit of a bfloat16 average of noise.
 MOST_MOMENTUM = 0.9999
-#: Largest η that `FlipSchedule.for_budget` chooses.
-MOST_SHARE = 0.004
+#: Peak share of weights flipped in a step, times √steps: the flips' default learning rate. One number for all
+#: models; from 0.01 to 0.1 the best differs (docs/quality.md).
+FLIP_RATE = 0.025
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,17 @@ class FlipSchedule:
             raise ValueError(f"flip_rate is {self.peak}; it is a share of the weights per step, 0 … 0.5")
 
     @classmethod
-    def for_budget(cls, flips: float, steps: int, warmup: int) -> FlipSchedule:
-        """The schedule whose shares add up to `flips` flips per weight over the run, ≥ 0, with η at most MOST_SHARE.
+    def for_steps(cls, steps: int, warmup: int, rate: float = FLIP_RATE) -> FlipSchedule:
+        """The default: a peak of rate/√steps, so that longer runs flip less in a step and more in all.
 
-        A peak that falls as the run grows is what was best at 0.8 M and at 3.3 M tokens alike (docs/quality.md); in
-        runs of a few hundred steps the limit holds instead: larger shares undo in one step what BNN Init found.
+        Args:
+            steps: length of the run, ≥ 1.
+            warmup: steps of the linear rise.
+            rate: peak share of a run of one step, ≥ 0; the peak itself is at most 0.5.
         """
-        if not flips >= 0.0:
-            raise ValueError(f"flips is {flips}; it is a number of flips per weight over the whole run, 0 or more")
-        total = sum(warmup_cosine(t, steps, warmup) for t in range(steps))
-        return cls(min(MOST_SHARE, flips / max(total, 1.0)), steps, warmup)
+        if not rate >= 0.0:
+            raise ValueError(f"flip rate {rate} is not legal; give 0 or more")
+        return cls(min(0.5, rate / math.sqrt(max(1, steps))), steps, warmup)
 
     def share(self, step: int) -> float:
         """η at a step, 0 ≤ step; 0 beyond the end."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kbop_core.layers import BinaryLinear
+from kbop_core.layers import BinaryLayer
 
 #: Bits of a stored real number: a scale, a router's weight.
 NUMBER_BITS = 16
@@ -19,12 +19,12 @@ def stored_bits(layer: nn.Module) -> int:
     """Bits that inference needs of one layer: O·I + 16 × numbers other than bias and latent weights.
 
     Args:
-        layer: a `BinaryLinear`, or a baseline whose signs are those of its parameter `latent` (O, I).
+        layer: a `BinaryLayer`, or a baseline whose signs are those of its parameter `latent` (O, I).
 
     Raises:
         TypeError: neither of them.
     """
-    if isinstance(layer, BinaryLinear):
+    if isinstance(layer, BinaryLayer):
         return layer.signs_count + NUMBER_BITS * layer.weight_scale.numel()
     latent = getattr(layer, "latent", None)
     if not isinstance(latent, Tensor):

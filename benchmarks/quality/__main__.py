@@ -1,0 +1,68 @@
+"""`make bench-quality`: runs what the chosen suite still lacks, then writes tables, plots and the claims.
+
+    python -m benchmarks.quality                      the short CPU subset: every method, 0.8 M tokens, all tasks here
+    python -m benchmarks.quality medium seeds …       longer budgets and more seeds of the winners
+    python -m benchmarks.quality ablations
+    python -m benchmarks.quality tables               nothing is run: docs/quality.md from what there is
+
+Stopped at any time, it goes on where it was. Each run is one thread in one process; `--workers` run side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+
+from benchmarks.quality import store, suites, tables
+from benchmarks.quality.runner import run_all
+from benchmarks.quality.training import RunConfig
+
+SUITES = ("short", "medium", "seeds", "ablations", "long", "tables")
+
+
+def main() -> None:
+    options = _parse()
+    tasks = options.tasks or _available()
+    for suite in options.suites:
+        if suite == "tables":
+            continue
+        for stage in range(2):  # winners can be named only after the sweep
+            run_all(_wanted(suite, tasks, options.methods, stage), options.workers)
+    tables.write()
+
+
+def _wanted(suite: str, tasks: list[str], methods: list[str], stage: int) -> Iterable[RunConfig]:
+    if stage == 0:
+        if suite == "ablations":
+            return [run for _, _, run in suites.ablations(tasks[0])]
+        if suite == "short":
+            return [*suites.calibrated(tasks), *suites.sweep(tasks, methods=methods or suites.SWEEPS)]
+        return suites.sweep(tasks, methods=methods or (*suites.PEERS, "kbop"))
+    budgets = {"medium": (suites.MEDIUM, (0,)), "long": (suites.LONG, (0,)), "seeds": (suites.SHORT, suites.SEEDS)}
+    if suite not in budgets:
+        return []
+    tokens, seeds = budgets[suite]
+    return suites.winners(tasks, methods or (*suites.PEERS, "kbop"), tokens, seeds, store.finished())
+
+
+def _available() -> list[str]:
+    from benchmarks.quality.tasks import available_tasks
+
+    return available_tasks()
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.quality")
+    parser.add_argument("suites", nargs="*", default=["short"], help=f"of {', '.join(SUITES)}")
+    parser.add_argument("--tasks", nargs="*", default=[], help="default: all whose files are here")
+    parser.add_argument("--methods", nargs="*", default=[], help="default: all of the suite")
+    parser.add_argument("--workers", type=int, default=2, help="processes side by side")
+    options = parser.parse_args()
+    unknown = [s for s in options.suites if s not in SUITES]
+    if unknown:
+        parser.error(f"no suite {unknown[0]!r}; there are {', '.join(SUITES)}")
+    return options
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Owns the laboratory's flip rule: ours, dense, in float32, with every choice as a knob. One instance per layer.
+
+With its defaults it makes the flips of kbop_core.kbop.KBOP (tests/unit/core/test_ablation_rule.py), so that a row of
+an ablation table differs from the product's rule in exactly the knob that it names.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kbop_core.kbop import flip_threshold
+from kbop_core.schedules import FlipSchedule, MomentumSchedule
+
+Normalisation = Literal["factored", "evidence", "row", "layer", "element", "none"]
+
+
+@dataclass
+class ShareRule:
+    """Flip the k_t weights whose normalised evidence most wants it.
+
+    Attributes:
+        schedule: η over time.
+        momentum: constant β of the evidence; None: the product's growing memory.
+        first, growth: of that memory.
+        moment_decay: decay of the gradient's second moments.
+        normalisation: what the evidence is divided by.
+        power: p: m / v^p; ½ is the root mean square.
+        reset: what a flip leaves of its evidence, 0 … 1.
+        curvature: subtracted from the score, in units of its root mean square over the layer.
+        significance: flip only where the evidence is this many standard deviations of its noise away from 0.
+        int8: hold the evidence as int8 with a scale for 64 weights, rounded to nearest.
+        shape: "cosine" (the product's), "linear" or "constant" share over time.
+    """
+
+    schedule: FlipSchedule
+    momentum: float | None = None
+    first: float = MomentumSchedule.first
+    growth: float = MomentumSchedule.growth
+    moment_decay: float = 0.98
+    normalisation: Normalisation = "factored"
+    power: float = 0.75
+    reset: float = 0.0
+    curvature: float = 0.0
+    significance: float = 0.0
+    int8: bool = False
+    shape: Literal["cosine", "linear", "constant"] = "cosine"
+
+    def __post_init__(self) -> None:
+        self.evidence: Tensor | None = None
+        self.rows = self.columns = self.elements = torch.zeros(())
+        self.carried = self.weight = 0.0
+
+    def flips(self, signs_OI: Tensor, grad_OI: Tensor, step: int) -> Tensor:
+        """See kbop_core.baselines.flip_rules.Rule."""
+        grad = grad_OI.float()
+        if self.evidence is None:
+            self.evidence = torch.zeros_like(grad)
+        self._take_moments(grad, step)
+        self.evidence = self._stored(torch.lerp(grad, self.evidence, self._momentum(step)))
+        beta = self._momentum(step)
+        self.weight = beta**2 * self.weight + (1.0 - beta) ** 2  # Σ of the squared weights of the average
+        scores = signs_OI * self._normalised()
+        if self.significance:
+            noise = self.weight * self.rows[:, None] * self.columns / (self.rows.mean() + 1e-38)
+            scores = torch.where(self.evidence.square() > self.significance**2 * noise, scores, 0.0)
+        if self.curvature:
+            scores -= self.curvature * scores.square().mean().sqrt()
+        flat = scores.reshape(-1)
+        count = self._count(step, flat.numel())
+        best = flat.topk(min(count + 1, flat.numel())).values
+        mask = scores > flip_threshold(best, count) if count else torch.zeros_like(scores, dtype=torch.bool)
+        self.evidence = torch.where(mask, self.reset * self.evidence, self.evidence)
+        return mask
+
+    def _momentum(self, step: int) -> float:
+        if self.momentum is None:
+            return MomentumSchedule(self.first, self.growth).beta(step)
+        return self.momentum
+
+    def _take_moments(self, grad: Tensor, step: int) -> None:
+        squares = grad.square()
+        gain = max(1.0 - self.moment_decay, 1.0 / (step + 1))
+        if self.normalisation == "element":
+            self.elements = self.elements + gain * (squares - self.elements)
+        self.rows = self.rows + gain * (squares.mean(1) - self.rows)
+        self.columns = self.columns + gain * (squares.mean(0) - self.columns)
+
+    def _normalised(self) -> Tensor:
+        assert self.evidence is not None
+        m, tiny = self.evidence, torch.finfo(torch.float32).tiny
+        rows, columns = self.rows, self.columns
+        if self.normalisation == "evidence":
+            squares = m.square()
+            rows, columns = squares.mean(1), squares.mean(0)
+        if self.normalisation in ("factored", "evidence"):
+            return m * (rows + tiny).pow(-self.power)[:, None] * (columns + tiny).pow(-self.power)
+        if self.normalisation == "row":
+            return m * (rows + tiny).pow(-self.power)[:, None]
+        if self.normalisation == "element":
+            return m * (self.elements + tiny).pow(-self.power)
+        return m  # "layer", "none": a factor of the whole layer does not change the order within it
+
+    def _count(self, step: int, weights: int) -> int:
+        if self.shape == "cosine":
+            return self.schedule.count(step, weights)
+        left = 1.0 - step / max(1, self.schedule.steps)
+        rise = min(1.0, (step + 1) / max(1, self.schedule.warmup))
+        self.carried += weights * self.schedule.peak * rise * (left if self.shape == "linear" else 1.0)
+        count = int(self.carried)
+        self.carried -= count
+        return count
+
+    def _stored(self, evidence: Tensor) -> Tensor:
+        """The evidence as the state keeps it."""
+        if not self.int8:
+            return evidence
+        width = math.gcd(evidence.shape[1], 64)
+        blocks = evidence.view(evidence.shape[0], -1, width)
+        scale = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127.0
+        return (blocks / scale).round().mul(scale).view_as(evidence)

@@ -1,0 +1,230 @@
+"""Owns what competes: each method is a function from a task and a configuration to a `Student`. Trains nothing.
+
+Calibrated (no training): `plain`, `gptq`, `arb`, `bnn_init`. Trained, all from the same text in the same order: latent
+weights with STE (`ste`, `ste_bnn_init`, `onebit`, `binarymos`), other latent-free rules from BNN Init (`bop`, `bold`,
+`fire_spend`, `paper`), ours (`scales_only`, `kbop`), and `ablation`: one knob of our rule changed (ablation.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.quality.ablation import ShareRule
+from benchmarks.quality.tasks import Task
+from benchmarks.quality.training import RunConfig, Student
+from kbop_core.baselines.arb import arb_layer
+from kbop_core.baselines.binarymos import convert_binarymos
+from kbop_core.baselines.bits import stored_bits
+from kbop_core.baselines.flip_rules import AccumulateFireSpend, Bold, Bop, PaperKBOP, Rule
+from kbop_core.baselines.gptq import gptq_layer
+from kbop_core.baselines.latent import LatentLinear, convert_latent
+from kbop_core.baselines.onebit import convert_onebit
+from kbop_core.convert import binary_layers, convert_plain, linear_weight
+from kbop_core.init.pretrained import LayerFit
+from kbop_core.init.random import random_init
+from kbop_core.kbop import KBOP
+from kbop_core.layers import BinaryLinear
+from kbop_core.schedules import FlipSchedule
+
+Method = Callable[[Task, RunConfig], Student]
+#: fp32 latent weight and AdamW's two averages of it.
+LATENT_STATE_BYTES = 12.0
+#: Bits, and the float32 average a dense baseline rule keeps.
+RULE_STATE_BYTES = 4.0 + 1 / 8
+
+
+def _groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    groups: dict[str, list[nn.Parameter]] = {"latent": [], "scale": [], "other": []}
+    for name, parameter in model.named_parameters():
+        last = name.rsplit(".", 1)[-1]
+        kind = last if last == "latent" else "scale" if "scale" in last or last == "router" else "other"
+        parameter.requires_grad_(True)
+        groups[kind].append(parameter)
+    return groups
+
+
+def _signs(layer: nn.Module) -> int:
+    if isinstance(layer, BinaryLinear):
+        return layer.signs_count
+    latent = layer.get_parameter("latent")
+    return latent.numel()
+
+
+def _student(model: nn.Module, state_bytes: float, layers: Mapping[str, nn.Module]) -> Student:
+    weights = sum(_signs(layer) for layer in layers.values())
+    bits = sum(stored_bits(layer) for layer in layers.values()) / weights
+    return Student(model, _groups(model), bits, state_bytes)
+
+
+# -- calibrated ---------------------------------------------------------------------------------------------------
+
+
+def plain(task: Task, config: RunConfig) -> Student:
+    """sign(w) × mean|w| of the group."""
+    model = task.fresh_model()
+    return _student(model, 0.0, convert_plain(model, task.plan, trainable=True))
+
+
+def _calibrated(fit: LayerFit | None, task: Task, config: RunConfig) -> Student:
+    model = task.initialised(config.seed, fit)
+    return _student(model, 0.0, binary_layers(model))
+
+
+# -- latent weights -----------------------------------------------------------------------------------------------
+
+
+def ste(task: Task, config: RunConfig) -> Student:
+    """Latent weights, group scales, from plain binarization."""
+    model = task.fresh_model()
+    return _student(model, LATENT_STATE_BYTES, convert_latent(model, task.plan))
+
+
+def ste_bnn_init(task: Task, config: RunConfig) -> Student:
+    """The same from our BNN Init: its signs on the magnitudes of the pretrained weights, its scales."""
+    student = ste(task, config)
+    for name, started in binary_layers(task.initialised(config.seed)).items():
+        layer = student.model.get_submodule(name)
+        assert isinstance(layer, LatentLinear)
+        with torch.no_grad():
+            layer.latent.copy_(started.signs() * linear_weight(task.teacher.get_submodule(name)).abs())
+            layer.scale.copy_(started.weight_scale)
+    return student
+
+
+def onebit(task: Task, config: RunConfig) -> Student:
+    """Row × column scales from the rank-one decomposition of |W|."""
+    model = task.fresh_model()
+    return _student(model, LATENT_STATE_BYTES, convert_onebit(model, task.plan))
+
+
+def binarymos(task: Task, config: RunConfig) -> Student:
+    """Four experts of row and column scales, mixed per token."""
+    model = task.fresh_model()
+    return _student(model, LATENT_STATE_BYTES, convert_binarymos(model, task.plan, seed=config.seed))
+
+
+# -- latent-free --------------------------------------------------------------------------------------------------
+
+
+def _part(name: str) -> str:
+    return "attention" if "attn" in name else "mlp"
+
+
+class _DenseFlipper:
+    """Runs one `Rule` per layer on dense signs and counts reversals."""
+
+    def __init__(self, layers: Mapping[str, BinaryLinear], rule: Callable[[], Rule], only: str) -> None:
+        self.flipping = [name for name in layers if only in ("all", _part(name))]
+        self.layers, self.rules = layers, {name: rule() for name in layers}
+        self.signs = {name: layer.signs() for name, layer in layers.items()}
+        self.flipped = {name: torch.zeros_like(s, dtype=torch.bool) for name, s in self.signs.items()}
+        self.gradients: dict[str, Tensor] = {}
+        self.steps = 0
+        for name, layer in layers.items():
+            layer.gradient_sink = partial(self.gradients.__setitem__, name)
+
+    def step(self) -> tuple[int, int]:
+        flips = back = 0
+        for name, layer in self.layers.items():
+            gradient = self.gradients.pop(name)
+            if name not in self.flipping:
+                continue
+            mask = self.rules[name].flips(self.signs[name], gradient, self.steps)
+            self.signs[name].masked_fill_(mask, 0.0).add_(torch.where(mask, -layer.signs(), 0.0))
+            layer.set_signs(self.signs[name])
+            flips, back = flips + int(mask.sum()), back + int((mask & self.flipped[name]).sum())
+            self.flipped[name] |= mask
+        self.steps += 1
+        return flips, back
+
+
+class _KbopFlipper:
+    """The product's own optimizer; a flip of a weight that has flipped before is a reversal."""
+
+    def __init__(self, layers: Mapping[str, BinaryLinear], kbop: KBOP) -> None:
+        self.layers, self.kbop = layers, kbop
+        self.before = {name: layer.signs(torch.int8) for name, layer in layers.items()}
+        self.flipped = {name: torch.zeros_like(s, dtype=torch.bool) for name, s in self.before.items()}
+
+    def step(self) -> tuple[int, int]:
+        flips, back = sum(self.kbop.step().flips.values()), 0
+        for name, layer in self.layers.items():
+            now = layer.signs(torch.int8)
+            mask = now != self.before[name]
+            back += int((mask & self.flipped[name]).sum())
+            self.flipped[name] |= mask
+            self.before[name] = now
+        return flips, back
+
+
+def _start(task: Task, config: RunConfig) -> Student:
+    """The binary student before its first step: `init` bnn (default), plain, random, or random_unit (scales 1)."""
+    kind = config.options.get("init", "bnn")
+    if kind == "bnn":
+        return _calibrated(None, task, config)
+    student = plain(task, config)
+    if kind in ("random", "random_unit"):
+        generator = torch.Generator().manual_seed(config.seed)
+        for layer in binary_layers(student.model).values():
+            random_init(layer, generator)
+            if kind == "random_unit":
+                layer.weight_scale.data.fill_(1.0)
+    return student
+
+
+def _with_rule(rule: Callable[[RunConfig], Rule], task: Task, config: RunConfig) -> Student:
+    student = _start(task, config)
+    only = config.options.get("only", "all")
+    student.flipper = _DenseFlipper(binary_layers(student.model), lambda: rule(config), only)
+    student.state_bytes = RULE_STATE_BYTES
+    return student
+
+
+def scales_only(task: Task, config: RunConfig) -> Student:
+    """BNN Init, then AdamW on everything but the signs."""
+    student = _start(task, config)
+    student.state_bytes = 1 / 8
+    return student
+
+
+def kbop(task: Task, config: RunConfig) -> Student:
+    """Ours, with the product's optimizer and defaults but for the flips' rate `lr`."""
+    student = _start(task, config)
+    layers = binary_layers(student.model)
+    optimizer = KBOP(layers, _flips(config), evidence=config.options.get("evidence", "bfloat16"))
+    student.flipper = _KbopFlipper(layers, optimizer)
+    student.state_bytes = optimizer.state_bytes() / task.plan.weights
+    return student
+
+
+def _flips(config: RunConfig) -> FlipSchedule:
+    """`lr` is the peak share of flips times √steps."""
+    return FlipSchedule.for_steps(config.steps, config.warmup_steps, config.lr)
+
+
+def _ablation(config: RunConfig) -> Rule:
+    knobs = {k: v for k, v in config.options.items() if k not in ("init", "hidden", "cross_entropy", "only")}
+    return ShareRule(_flips(config), **knobs)
+
+
+METHODS: dict[str, Method] = {
+    "plain": plain,
+    "gptq": partial(_calibrated, gptq_layer),
+    "arb": partial(_calibrated, arb_layer),
+    "bnn_init": partial(_calibrated, None),
+    "scales_only": scales_only,
+    "ste": ste,
+    "ste_bnn_init": ste_bnn_init,
+    "onebit": onebit,
+    "binarymos": binarymos,
+    "bop": partial(_with_rule, lambda c: Bop(adaptivity=0.02, threshold=c.lr)),
+    "bold": partial(_with_rule, lambda c: Bold(rate=c.lr)),
+    "fire_spend": partial(_with_rule, lambda c: AccumulateFireSpend(threshold=c.lr)),
+    "paper": partial(_with_rule, lambda c: PaperKBOP(deviations=c.lr)),
+    "kbop": kbop,
+    "ablation": partial(_with_rule, _ablation),
+}

@@ -1,0 +1,56 @@
+"""Owns the running of many configurations side by side. Refuses to know which (suites.py)."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.quality import store
+from benchmarks.quality.training import RunConfig
+from jobs.process import die_with_parent
+
+
+def run_all(configs: Iterable[RunConfig], workers: int) -> None:
+    """Run and store those of the configurations that have no result yet, in this order, one thread each."""
+    console, done = Console(), store.finished()
+    todo = list({store.key(c): c for c in configs if store.key(c) not in done}.values())
+    if not todo:
+        return
+    began = time.monotonic()
+    with ProcessPoolExecutor(workers, get_context("spawn"), die_with_parent, (os.getpid(),)) as pool:
+        waiting = {pool.submit(_run_one, config): config for config in todo}
+        for number, future in enumerate(as_completed(waiting), 1):
+            config, result = waiting[future], future.result()
+            store.save(config, result)
+            left = (time.monotonic() - began) / number * (len(todo) - number)
+            console.print(
+                f"{number}/{len(todo)}  {config.task} {config.method} lr {config.lr:g} {config.options or ''} "
+                f"{config.tokens:,} tokens, seed {config.seed}: perplexity {result['validation']:.4g} "
+                f"({result['seconds']:.0f} s; {left / 60:.0f} min left)"
+            )
+
+
+def _run_one(config: RunConfig) -> dict[str, Any]:
+    import torch
+
+    from benchmarks.quality.methods import METHODS
+    from benchmarks.quality.tasks import task
+    from benchmarks.quality.training import hidden_sizes, run
+
+    torch.set_num_threads(1)
+    torch.manual_seed(config.seed)
+    where = task(config.task, config.group)
+    began = time.perf_counter()
+    try:
+        student = METHODS[config.method](where, config)
+        prepared = time.perf_counter() - began
+        sizes = {"hidden_sizes": hidden_sizes(student.model, where.train_NT[:8])}
+        return run(where, config, student) | sizes | {"preparation_seconds": round(prepared, 1)}
+    except ArithmeticError as error:  # a rate too large for the method is a result of its sweep
+        return {"validation": float("inf"), "test": float("inf"), "seconds": 0.0, "diverged": str(error)}

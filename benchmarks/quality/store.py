@@ -1,0 +1,51 @@
+"""Owns finished runs: one JSON line each in results/quality-runs.jsonl, keyed by everything that decides the result.
+
+Refuses to run anything twice: a suite that was stopped goes on where it was. A line is written in one call, so
+that several processes may append. Change RULE when code changes what a configuration gives: older lines of the
+methods named then do not count any more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.training import RunConfig
+from benchmarks.record import RESULTS
+
+PATH = RESULTS / "quality-runs.jsonl"
+#: Version of our own rule; part of the key of the runs that use it.
+RULE = 2
+OURS = ("kbop", "ablation")
+
+
+def key(config: RunConfig) -> str:
+    """Canonical JSON of a configuration."""
+    version = {"rule": RULE} if config.method in OURS else {}
+    return json.dumps(asdict(config) | version, sort_keys=True)
+
+
+def finished(path: Path = PATH) -> dict[str, dict[str, Any]]:
+    """key → result of every run there is; a line cut short is skipped."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        found[row["key"]] = row["result"]
+    return found
+
+
+def save(config: RunConfig, result: dict[str, Any], path: Path = PATH) -> None:
+    """Append one run."""
+    path.parent.mkdir(exist_ok=True)
+    line = json.dumps({"key": key(config), "result": result}) + "\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,107 @@
+"""Owns which runs make which table. Runs nothing.
+
+Rates are swept at the short budget with seed 0, each method by its validation perplexity on each task; longer budgets
+and other seeds take the winner. Ours is not swept: one set of defaults for all tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.quality.store import key
+from benchmarks.quality.training import RunConfig
+from kbop_core.schedules import FLIP_RATE
+
+SHORT, MEDIUM, LONG = 800_000, 4_000_000, 40_000_000
+CALIBRATED = ("plain", "gptq", "arb", "bnn_init")
+#: Swept rate of each method: latent learning rates, thresholds, or rates as methods.py gives them to the method.
+SWEEPS: dict[str, tuple[float, ...]] = {
+    "ste": (2e-3, 5e-3, 1e-2),
+    "onebit": (2e-3, 5e-3, 1e-2),
+    "binarymos": (2e-3, 5e-3, 1e-2),
+    "ste_bnn_init": (2e-3, 5e-3),
+    "bop": (1e-5, 1e-4),
+    "bold": (0.02, 0.05),
+    "fire_spend": (4.0, 16.0),
+    "paper": (3.0, 4.0),
+    "scales_only": (0.0,),
+    "kbop": (FLIP_RATE,),
+}
+PEERS = ("ste", "onebit", "binarymos")
+SEEDS = (0, 1, 2)
+
+Finished = Mapping[str, Mapping[str, Any]]
+
+
+def calibrated(tasks: Iterable[str]) -> Iterator[RunConfig]:
+    """Methods without training."""
+    for task in tasks:
+        yield from (RunConfig(task, method) for method in CALIBRATED)
+
+
+def sweep(tasks: Iterable[str], tokens: int = SHORT, methods: Iterable[str] = SWEEPS) -> Iterator[RunConfig]:
+    """Every rate of every method, seed 0."""
+    names = list(methods)
+    for method in names:
+        for rate in SWEEPS[method]:
+            yield from (RunConfig(task, method, tokens, lr=rate) for task in tasks)
+
+
+def best(task: str, method: str, done: Finished, tokens: int = SHORT) -> RunConfig | None:
+    """The swept configuration of lowest validation perplexity; None when none has run."""
+    runs = [c for c in sweep([task], tokens, [method]) if key(c) in done]
+    return min(runs, key=lambda c: done[key(c)]["validation"]) if runs else None
+
+
+def winners(
+    tasks: Iterable[str], methods: Iterable[str], tokens: int, seeds: Iterable[int], done: Finished
+) -> Iterator[RunConfig]:
+    """The swept winners at another budget or with other seeds."""
+    names, places = list(methods), list(tasks)
+    for seed in seeds:
+        for task in places:
+            for method in names:
+                found = best(task, method, done)
+                if found:
+                    yield replace(found, tokens=tokens, seed=seed)
+
+
+def ablations(task: str, tokens: int = SHORT) -> Iterator[tuple[str, str, RunConfig]]:
+    """(table, row, run): one knob changed at a time, on one task."""
+    base = RunConfig(task, "ablation", tokens, lr=FLIP_RATE)
+    yield "rule", "default", base
+    yield "rule", "product's optimizer (projections, bfloat16)", replace(base, method="kbop")
+    yield "rule", "product's optimizer, int8 evidence", replace(base, method="kbop", options={"evidence": "int8"})
+    for table, knob, values in KNOBS:
+        for value in values:
+            yield table, f"{knob} {value}", replace(base, options={knob: value})
+    for rate in (0.006, 0.0125, 0.05, 0.1):
+        yield "flips' learning rate", f"{rate} / √steps", replace(base, lr=rate)
+    for rate in (1e-3, 1e-2):
+        yield "scale learning rate", f"scale lr {rate:g}", replace(base, scale_lr=rate)
+        yield "other learning rate", f"other lr {rate:g}", replace(base, other_lr=rate)
+    for batch in (512, 2048, 4096):
+        yield "batch", f"{batch} tokens a step", replace(base, batch_tokens=batch)
+    for group in (32, 128, 1 << 16):
+        yield "group size", f"group {group if group < 1 << 16 else 'row'}", replace(base, group=group)
+    for start in ("plain", "random", "random_unit"):
+        yield "init × rule", f"{start}, ours", replace(base, options={"init": start})
+        yield "init × rule", f"{start}, scales only", replace(base, method="scales_only", options={"init": start})
+    yield "init × rule", "BNN Init, scales only", replace(base, method="scales_only", lr=0.0)
+
+
+KNOBS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
+    ("momentum", "momentum", (0.9, 0.98, 0.99, 0.995)),
+    ("momentum", "growth", (0.1, 0.4)),
+    ("normalisation", "normalisation", ("evidence", "row", "element", "none")),
+    ("normalisation", "power", (0.5, 1.0)),
+    ("reset at flips", "reset", (0.3, 1.0)),
+    ("curvature penalty", "curvature", (0.1, 0.5)),
+    ("schedule", "shape", ("linear", "constant")),
+    ("evidence", "int8", (True,)),
+    ("loss", "hidden", (0.1, 1.0)),
+    ("loss", "cross_entropy", (0.1, 0.5)),
+    ("which layers flip", "only", ("attention", "mlp")),
+)

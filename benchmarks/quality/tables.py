@@ -1,0 +1,259 @@
+"""Owns how finished runs become tables, claims, plots and the generated part of docs/quality.md. Runs nothing.
+
+Gap closed against a peer: (ln ppl_peer − ln ppl_ours) / (ln ppl_peer − ln ppl_teacher), on the test half, same task and
+tokens, the peer with its best rate. Runs that are missing leave their rows out; nothing is filled in.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.quality import plots, store, suites
+from benchmarks.quality.tasks import ROOT, SOURCES
+from benchmarks.quality.training import RunConfig
+from benchmarks.record import Claim, claim, publish
+
+DOCS = ROOT / "docs" / "quality.md"
+BUDGETS = {"short": suites.SHORT, "medium": suites.MEDIUM, "long": suites.LONG}
+#: Gap to close, averaged over tasks: the paper's own headline at the medium budget, less at the short one.
+BARS = {"short": 0.20, "medium": 0.3683, "long": 0.3683}
+
+Row = dict[str, Any]
+Result = dict[str, Any]
+
+
+class Results:
+    """Finished runs, looked up by what a table asks for."""
+
+    def __init__(self, done: dict[str, Result]) -> None:
+        self.done = done
+
+    def seeds(self, task: str, method: str, tokens: int) -> list[tuple[RunConfig, Result]]:
+        """Runs of a method with its best rate, one per seed, seed 0 first; calibrated methods have no budget."""
+        if method in suites.CALIBRATED:
+            chosen: RunConfig | None = RunConfig(task, method)
+        else:
+            found = suites.best(task, method, self.done)
+            chosen = replace(found, tokens=tokens) if found else None
+        if chosen is None:
+            return []
+        runs = [replace(chosen, seed=seed) for seed in suites.SEEDS]
+        return [(c, self.done[store.key(c)]) for c in runs if store.key(c) in self.done]
+
+    def perplexity(self, task: str, method: str, tokens: int) -> float | None:
+        """Geometric mean of the test perplexities over seeds."""
+        values = [r["test"] for _, r in self.seeds(task, method, tokens)]
+        return math.exp(statistics.fmean(map(math.log, values))) if values else None
+
+    def teacher(self, task: str) -> float | None:
+        """Test perplexity of the teacher, as the run of `plain` measured it."""
+        return next((r["teacher"] for _, r in self.seeds(task, "plain", 0)), None)
+
+    def gap_closed(self, task: str, peer: str, tokens: int) -> float | None:
+        """By ours, see the module's head; None while a run is missing."""
+        ours, theirs, best = (
+            self.perplexity(task, "kbop", tokens),
+            self.perplexity(task, peer, tokens),
+            self.teacher(task),
+        )
+        if ours is None or theirs is None or best is None or theirs <= best:
+            return None
+        return (math.log(theirs) - math.log(ours)) / (math.log(theirs) - math.log(best))
+
+    def best_peer(self, task: str, tokens: int) -> str | None:
+        """The latent-weight peer of lowest test perplexity: the hardest to beat."""
+        found = [(p, n) for n in suites.PEERS if (p := self.perplexity(task, n, tokens))]
+        return min(found)[1] if found else None
+
+
+def write() -> None:
+    """Tables on the screen, results/quality.json, plots and docs/quality.md."""
+    results = Results(store.finished())
+    rows = list(_rows(results))
+    publish("quality", "make bench-quality", [_flat(r) for r in rows], list(_claims(results)))
+    sections = {
+        "headline": _gaps(results),
+        "methods": _markdown(rows),
+        "speed": _markdown(list(_speed(results))),
+        "ablations": _ablations(results),
+    }
+    for task in SOURCES:
+        curves = {m: r["curve"] for m in ("kbop", *suites.PEERS) for r in _longest(results, task, m)}
+        if curves:
+            plots.learning_curves(task, curves, results.teacher(task))
+    flips = {task: r for task in SOURCES for r in _longest(results, task, "kbop")}
+    if flips:
+        plots.flips(flips)
+    _fill_document(sections)
+
+
+def _longest(results: Results, task: str, method: str) -> list[Result]:
+    for tokens in sorted(BUDGETS.values(), reverse=True):
+        found = results.seeds(task, method, tokens)
+        if found:
+            return [found[0][1]]
+    return []
+
+
+def _rows(results: Results) -> Iterator[Row]:
+    for budget, tokens in BUDGETS.items():
+        for task in SOURCES:
+            for method in (*suites.CALIBRATED, *suites.SWEEPS):
+                if method in suites.CALIBRATED and budget != "short":
+                    continue
+                runs = results.seeds(task, method, tokens)
+                if runs:
+                    yield _row(results, budget, task, method, runs)
+
+
+def _row(results: Results, budget: str, task: str, method: str, runs: Sequence[tuple[RunConfig, Result]]) -> Row:
+    config, first = runs[0]
+    values = [r["test"] for _, r in runs]
+    gap = results.gap_closed(task, method, BUDGETS[budget])
+    return {
+        "model": task,
+        "method": method,
+        "tokens": config.tokens,
+        "rate": config.lr,
+        "perplexity": statistics.fmean(values),
+        "±": statistics.stdev(values) if len(values) > 1 else None,
+        "seeds": len(values),
+        "teacher": results.teacher(task),
+        "KL": first["kl"],
+        "top-1": first["top1"],
+        "bits": first["bits"],
+        "state bytes": first["state_bytes"],
+        "seconds": first["seconds"] + first["preparation_seconds"],
+        "gap closed by KBOP": None if method == "kbop" else gap,
+    }
+
+
+def _claims(results: Results) -> Iterator[Claim]:
+    for budget, tokens in BUDGETS.items():
+        gaps = _best_peer_gaps(results, tokens)
+        if gaps:
+            where = f"{budget} budget, {len(gaps)} of {len(SOURCES)} models"
+            yield claim(f"gap closed, mean, {where}", statistics.fmean(gaps.values()), "1", f">= {BARS[budget]}")
+            yield claim(f"gap closed, worst model, {where}", min(gaps.values()), "1", ">= 0")
+    task, default = _ablation_home(results)
+    for evidence, most in (("bfloat16", 2.0), ("int8", 1.2)):
+        options = {} if evidence == "bfloat16" else {"evidence": evidence}
+        found = results.done.get(store.key(replace(default, method="kbop", options=options)))
+        base = results.done.get(store.key(default))
+        if found and base:
+            yield claim(
+                f"state, {evidence} evidence, {task}", found["state_bytes"], "bytes/weight", f"<= {1 / 8 + most}"
+            )
+            loss = math.log(found["validation"]) - math.log(base["validation"])
+            yield claim(f"loss by {evidence} evidence, {task}", loss, "nat", "<= 0.01")
+
+
+def _best_peer_gaps(results: Results, tokens: int) -> dict[str, float]:
+    gaps = {}
+    for task in SOURCES:
+        peer = results.best_peer(task, tokens)
+        gap = results.gap_closed(task, peer, tokens) if peer else None
+        if gap is not None:
+            gaps[task] = gap
+    return gaps
+
+
+def _gaps(results: Results) -> str:
+    lines = []
+    for budget, tokens in BUDGETS.items():
+        for task in SOURCES:
+            peer, ours = results.best_peer(task, tokens), results.perplexity(task, "kbop", tokens)
+            gap = results.gap_closed(task, peer, tokens) if peer else None
+            if peer is None or gap is None or ours is None:
+                continue
+            lines.append(
+                {
+                    "budget": f"{budget}, {tokens / 1e6:g} M tokens",
+                    "model": task,
+                    "teacher": results.teacher(task),
+                    "best latent peer": f"{peer} {results.perplexity(task, peer, tokens):.4g}",
+                    "KBOP": ours,
+                    "gap closed": gap,
+                    "KBOP runs": len(results.seeds(task, "kbop", tokens)),
+                }
+            )
+    return _markdown(lines)
+
+
+def _speed(results: Results) -> Iterator[Row]:
+    """How many tokens and seconds ours needs to reach what the best peer reaches at its end."""
+    for budget, tokens in BUDGETS.items():
+        for task in SOURCES:
+            peer = results.best_peer(task, tokens)
+            ours = results.seeds(task, "kbop", tokens)
+            if peer is None or not ours:
+                continue
+            theirs = results.seeds(task, peer, tokens)[0][1]["curve"]
+            reached = next((p for p in ours[0][1]["curve"] if p[2] <= theirs[-1][2]), None)
+            yield {
+                "budget": budget,
+                "model": task,
+                "peer": peer,
+                "peer's validation perplexity": theirs[-1][2],
+                "peer's tokens": theirs[-1][0],
+                "peer's seconds": theirs[-1][1],
+                "KBOP's tokens": reached[0] if reached else None,
+                "KBOP's seconds": reached[1] if reached else None,
+            }
+
+
+def _ablation_home(results: Results) -> tuple[str, RunConfig]:
+    """The task whose ablations have run, and its default row."""
+    defaults = {task: next(suites.ablations(task))[2] for task in SOURCES}
+    return next(((t, c) for t, c in defaults.items() if store.key(c) in results.done), next(iter(defaults.items())))
+
+
+def _ablations(results: Results) -> str:
+    task, default = _ablation_home(results)
+    base = results.done.get(store.key(default))
+    if base is None:
+        return "Not run yet."
+    tables: dict[str, list[Row]] = {}
+    for table, name, config in suites.ablations(task):
+        found = results.done.get(store.key(config))
+        if found:
+            difference = math.log(found["validation"]) - math.log(base["validation"])
+            row = {"row": name, "validation": found["validation"], "test": found["test"], "nats to default": difference}
+            tables.setdefault(table, []).append(row)
+    parts = [f"{task}, {default.tokens:,} tokens, seed 0; default: {base['validation']:.4g} validation perplexity."]
+    return "\n\n".join(parts + [f"**{table}**\n\n{_markdown(rows)}" for table, rows in tables.items()])
+
+
+def _flat(row: Row) -> Row:
+    return {k: "" if v is None else v for k, v in row.items()}
+
+
+def _markdown(rows: Sequence[Row]) -> str:
+    if not rows:
+        return "Not run yet."
+    head = list(rows[0])
+    lines = [head, ["---"] * len(head), *([_cell(v) for v in row.values()] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _fill_document(sections: dict[str, str]) -> None:
+    """Replace what stands between the markers of each section."""
+    text = DOCS.read_text(encoding="utf-8")
+    for name, body in sections.items():
+        begin, end = f"<!-- {name}: begin, by make bench-quality -->", f"<!-- {name}: end -->"
+        if begin in text and end in text:
+            before, rest = text.split(begin, 1)
+            text = f"{before}{begin}\n{body}\n{end}{rest.split(end, 1)[1]}"
+    DOCS.write_text(text, encoding="utf-8")

@@ -1,0 +1,203 @@
+"""Owns what the bench measures on: a teacher, its training windows, and held-out windows that never overlap them.
+
+Refuses to know any method. Four tasks: three real models of the shared data (skipped without it) and the demo's own
+teacher. A task keeps the teacher's log-probabilities of all training windows on disk (float16, once per task): every
+method trains against the same numbers, and no step pays for the teacher's forward pass.
+
+Held-out documents are halved: sweeps choose by `validation`, tables report `test`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.record import shared_data
+from jobs.demo.corpus import documents as python_docs
+from jobs.split import is_held_out
+from kbop_core.checkpoint import load_student, save_student
+from kbop_core.convert import ConversionPlan, convert_plain, plan_conversion
+from kbop_core.hf import load_model, load_tokenizer
+from kbop_core.init.fit import FitEffort
+from kbop_core.init.pretrained import LayerFit, pretrained_init
+from kbop_core.text import WindowOrder, Windows, evaluation_windows, read_documents, training_windows
+
+#: Tokens in a training or evaluation window, and weights of a row that share a scale.
+CONTEXT, GROUP = 128, 64
+#: Most windows in each half of the held-out text.
+HELD_OUT = 400
+#: Tokens that calibrated methods see.
+CALIBRATION_TOKENS = 16_384
+#: Characters of a held-out passage that must not occur in the training text.
+PASSAGE = 64
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / ".kbop" / "bench-quality"
+
+#: Documents for training, validation, test.
+Split = tuple[list[str], list[str], list[str]]
+
+
+def _stories(folder: Path) -> Split:
+    texts = [" ".join(t.split()) for t in read_documents(folder / "text" / "tinystories" / "tinystories_v2_A.jsonl")]
+    held = texts[-300:]
+    seen = {t[:PASSAGE] for t in held}
+    return [t for t in texts[:-300] if t[:PASSAGE] not in seen], held[:150], held[150:]
+
+
+def _shakespeare(folder: Path) -> Split:
+    text = read_documents(folder / "text" / "shakespeare" / "tiny_shakespeare.txt")[0]
+    first, second = int(len(text) * 0.9), int(len(text) * 0.95)
+    return [text[:first]], [text[first:second]], [text[second:]]
+
+
+def _python_docs(_: Path) -> Split:
+    texts = [d.text for d in python_docs()]
+    held = [is_held_out(t) for t in texts]  # the teacher was trained on the others
+    inside = [t for t, h in zip(texts, held, strict=True) if not h]
+    outside = [t for t, h in zip(texts, held, strict=True) if h]
+    return inside, outside[::2], outside[1::2]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a task's teacher and text come from."""
+
+    model: str
+    split: Callable[[Path], Split]
+    text: str
+
+
+SOURCES = {
+    "stories260K": Source("models/stories260K-hf", _stories, "TinyStories A"),
+    "babyllama105": Source("models/babyllama105-hf", _stories, "TinyStories A"),
+    "shakespeare-opt": Source("models/shakespeare-char-opt-hf", _shakespeare, "tiny Shakespeare"),
+    "demo": Source("", _python_docs, "Python documentation"),
+}
+
+
+def available_tasks() -> list[str]:
+    """Names of the tasks whose files are here; without the shared data, the demo's alone."""
+    return list(SOURCES) if shared_data() else ["demo"]
+
+
+def check_disjoint(train: Sequence[str], held: Sequence[str]) -> None:
+    """Refuse held-out text that training reads: no passage of PASSAGE characters at its quarters may occur there.
+
+    Raises:
+        ValueError: with the passage.
+    """
+    whole = "\n".join(train)
+    for text in held:
+        for start in range(0, max(1, len(text) - PASSAGE), max(1, len(text) // 4)):
+            passage = text[start : start + PASSAGE]
+            if len(passage) == PASSAGE and passage in whole:
+                raise ValueError(f"held-out text occurs in the training text: {passage!r}; drop one of the two")
+
+
+class Task:
+    """One teacher with its text.
+
+    Attributes:
+        name: key of SOURCES.
+        train_NT: training windows, int64 (N, CONTEXT).
+        validation, test: held-out windows.
+        teacher: in eval mode, without gradients.
+        plan: what becomes binary, the same for all methods.
+    """
+
+    def __init__(self, name: str, group: int = GROUP) -> None:
+        source, folder = SOURCES[name], shared_data() or Path()
+        self.name = name
+        self.model = str(folder / source.model) if source.model else str(ROOT / "jobs" / "demo" / "teacher")
+        tokenize = load_tokenizer(self.model).encode
+        train, validation, test = source.split(folder)
+        train = _without_shared_passages(train, validation + test)
+        check_disjoint(train, validation + test)
+        self.train_NT = training_windows(train, tokenize, CONTEXT, source.text)
+        self.validation, self.test = (
+            _first(evaluation_windows(texts, tokenize, CONTEXT, source.text)) for texts in (validation, test)
+        )
+        self.teacher = load_model(self.model).eval().requires_grad_(False)
+        self.plan: ConversionPlan = plan_conversion(self.teacher, group)
+
+    def fresh_model(self) -> nn.Module:
+        """Another copy of the teacher."""
+        model: nn.Module = load_model(self.model)
+        return model
+
+    @cached_property
+    def _log_probs(self) -> np.ndarray[Any, np.dtype[np.float16]]:
+        """Teacher's log-probabilities, float16 (N, CONTEXT, V), from disk."""
+        ids = hashlib.sha256(self.train_NT.numpy().tobytes()).hexdigest()[:12]
+        path = CACHE / f"{self.name}-{ids}.npy"
+        if not path.exists():
+            CACHE.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(f".{os.getpid()}")
+            shape = (*self.train_NT.shape, self.teacher.config.vocab_size)
+            whole = np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=shape)
+            with torch.no_grad():
+                for start in range(0, len(whole), 32):
+                    logits = self.teacher(input_ids=self.train_NT[start : start + 32], use_cache=False).logits
+                    whole[start : start + 32] = logits.log_softmax(-1).clamp_min(-30.0).half().numpy()
+            whole.flush()
+            part.rename(path)
+        found: np.ndarray[Any, np.dtype[np.float16]] = np.load(path, mmap_mode="r")
+        return found
+
+    def log_probs(self, rows: Sequence[int]) -> Tensor:
+        """Teacher's log-probabilities of some windows, float32 (windows, CONTEXT, V)."""
+        return torch.from_numpy(self._log_probs[list(rows)]).float()
+
+    def calibration(self, seed: int) -> list[Tensor]:
+        """Windows for calibrated methods, in batches."""
+        rows = list(WindowOrder(len(self.train_NT), seed).indices(0, CALIBRATION_TOKENS // CONTEXT))
+        return list(self.train_NT[rows].split(32))
+
+    def initialised(self, seed: int = 0, fit: FitEffort | LayerFit | None = None) -> nn.Module:
+        """A binary student fitted layer by layer: BNN Init, or a baseline's fit."""
+        path = CACHE / f"{self.name}-g{self.plan.group_size}-init-{seed}.safetensors"
+        if fit is None and path.exists():
+            student = self.fresh_model()
+            convert_plain(student, self.plan, trainable=True)
+            load_student(student, path)
+            return student
+        student = self.fresh_model()
+        pretrained_init(student, self.teacher, self.plan, self.calibration(seed), fit)
+        if fit is None:
+            CACHE.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f"{os.getpid()}-{path.name}")
+            save_student(student, part)
+            part.rename(path)
+        return student
+
+
+def _first(windows: Windows) -> Windows:
+    """At most HELD_OUT windows."""
+    protocol = f"{windows.protocol}; the first {HELD_OUT} windows at most"
+    return Windows(windows.ids_NT[:HELD_OUT], windows.lengths_N[:HELD_OUT], protocol)
+
+
+def _without_shared_passages(train: list[str], held: list[str]) -> list[str]:
+    """Training documents that share no probed passage with the held-out ones (single documents are cut instead)."""
+    if len(train) == 1:
+        return train
+    probes = {t[s : s + PASSAGE] for t in held for s in range(0, max(1, len(t) - PASSAGE), max(1, len(t) // 4))}
+    whole = [p for p in probes if len(p) == PASSAGE]
+    joined = "\n".join(train)
+    present = [p for p in whole if p in joined]
+    return [t for t in train if not any(p in t for p in present)]
+
+
+@lru_cache(maxsize=4)
+def task(name: str, group: int = GROUP) -> Task:
+    """The task of that name, loaded once per process."""
+    return Task(name, group)

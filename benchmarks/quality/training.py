@@ -1,0 +1,190 @@
+"""Owns one run: the same windows, loss, schedule and evaluation for every method. Knows no method by name.
+
+Every step, whatever the method: KL(teacher ‖ student) on the step's windows → backward → clip → flips, where the method
+has them → AdamW, with warm-up and cosine on all rates. The stopwatch leaves evaluation out.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.quality.tasks import CONTEXT, Task
+from kbop_core.distill import kl_to_log_probs
+from kbop_core.perplexity import Quality, evaluate
+from kbop_core.schedules import warmup_cosine
+from kbop_core.text import WindowOrder
+
+#: Share of the steps in which all rates rise; AdamW's (β₁, β₂); largest norm of the gradient. The same for all methods.
+WARMUP, BETAS, CLIP = 0.05, (0.9, 0.95), 1.0
+#: Points of a run's validation curve.
+CURVE = 8
+EVALUATION_BATCH = 32
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's result: its canonical JSON is its key.
+
+    Attributes:
+        task: key of tasks.SOURCES.
+        method: key of methods.METHODS.
+        tokens: training tokens.
+        seed: of data order, calibration windows and random starts.
+        batch_tokens: tokens in a step.
+        group: weights of a row that share a scale.
+        lr: the method's own rate: peak of latent AdamW, peak share of flips × √steps, or a rule's threshold.
+        scale_lr: peak AdamW rate of scales (and experts).
+        other_lr: peak AdamW rate of norms, biases, embeddings and head.
+        options: what an ablation changes, name → value.
+    """
+
+    task: str
+    method: str
+    tokens: int = 0
+    seed: int = 0
+    batch_tokens: int = 1024
+    group: int = 64
+    lr: float = 0.0
+    scale_lr: float = 3e-3
+    other_lr: float = 3e-3
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return self.tokens // self.batch_tokens
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps in which all rates rise."""
+        return max(1, math.ceil(WARMUP * self.steps))
+
+
+class Flipper(Protocol):
+    """Flips signs after each backward pass."""
+
+    def step(self) -> tuple[int, int]:
+        """(flips, of them back to the sign before the last flip)."""
+        ...
+
+
+@dataclass
+class Student:
+    """A model under one method.
+
+    Attributes:
+        model: its parameters that require gradients train.
+        groups: kind ("latent", "scale", "other") → parameters.
+        bits: stored bits per binarized weight, at inference.
+        state_bytes: bytes per binarized weight that live between two steps: weights and optimizer state.
+        flipper: where the method has one.
+    """
+
+    model: nn.Module
+    groups: dict[str, list[nn.Parameter]]
+    bits: float
+    state_bytes: float
+    flipper: Flipper | None = None
+
+
+def run(task: Task, config: RunConfig, student: Student) -> dict[str, Any]:
+    """Train and evaluate; returns plain data: perplexities, curves, seconds, bits, state."""
+    clock, curve, flips = 0.0, [], []
+    if config.steps:
+        trainer = _Trainer(task, config, student)
+        marks = {math.ceil(config.steps * (i + 1) / CURVE) for i in range(CURVE)}
+        began = time.perf_counter()
+        for step in range(config.steps):
+            trainer.step(step)
+            if step + 1 in marks:
+                clock += time.perf_counter() - began
+                value = _quality(student.model, task, "validation").perplexity
+                curve.append([(step + 1) * config.batch_tokens, round(clock, 1), value])
+                flips.append(trainer.take_flips())
+                began = time.perf_counter()
+    extra: dict[str, Any] = {}
+    if not config.tokens:
+        extra["teacher"] = _quality(task.teacher, task, "test").perplexity
+    validation, test = _quality(student.model, task, "validation"), _quality(student.model, task, "test", teacher=True)
+    return {
+        "validation": validation.perplexity,
+        "test": test.perplexity,
+        "kl": test.kl_to_teacher,
+        "top1": test.top1_agreement,
+        "seconds": round(clock, 1),
+        "bits": student.bits,
+        "state_bytes": student.state_bytes,
+        "curve": curve,
+        "flips": flips,
+    } | extra
+
+
+def _quality(model: nn.Module, task: Task, part: str, teacher: bool = False) -> Quality:
+    return evaluate(model.eval(), getattr(task, part), EVALUATION_BATCH, task.teacher if teacher else None)
+
+
+@torch.no_grad()
+def hidden_sizes(model: nn.Module, ids_BT: Tensor) -> list[float]:
+    """Root mean square of the hidden states after the embedding and after each block: how signals pass through."""
+    states = model(input_ids=ids_BT, use_cache=False, output_hidden_states=True).hidden_states
+    return [round(float(state.square().mean().sqrt()), 4) for state in states[:-1]]
+
+
+class _Trainer:
+    def __init__(self, task: Task, config: RunConfig, student: Student) -> None:
+        self.task, self.config, self.student = task, config, student
+        student.model.eval()  # no dropout: it would blur the teacher
+        self.rates = {"latent": config.lr, "scale": config.scale_lr, "other": config.other_lr}
+        groups = [{"params": ps, "lr": self.rates[kind], "kind": kind} for kind, ps in student.groups.items() if ps]
+        self.parameters = [p for ps in student.groups.values() for p in ps]
+        self.optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True)
+        self.order = WindowOrder(len(task.train_NT), config.seed)
+        self.flips = self.back = 0
+
+    def step(self, step: int) -> None:
+        config = self.config
+        factor = warmup_cosine(step, config.steps, config.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = factor * self.rates[group["kind"]]
+        windows = config.batch_tokens // CONTEXT
+        rows = list(self.order.indices(step * windows, (step + 1) * windows))
+        loss = self._loss(self.task.train_NT[rows], self.task.log_probs(rows))
+        if not bool(loss.isfinite()):
+            raise ArithmeticError(f"loss is {float(loss.detach())} at step {step}")
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, CLIP)
+        if self.student.flipper:
+            flips, back = self.student.flipper.step()
+            self.flips, self.back = self.flips + flips, self.back + back
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _loss(self, ids_BT: Tensor, log_p_BTV: Tensor) -> Tensor:
+        """KL to the teacher; ablations add hidden alignment (`hidden`) or cross-entropy (`cross_entropy`)."""
+        options = self.config.options
+        hidden = float(options.get("hidden", 0.0))
+        out = self.student.model(input_ids=ids_BT, use_cache=False, output_hidden_states=hidden > 0)
+        loss = kl_to_log_probs(out.logits, log_p_BTV)
+        if hidden:
+            with torch.no_grad():
+                theirs = self.task.teacher(input_ids=ids_BT, use_cache=False, output_hidden_states=True).hidden_states
+            parts = [
+                F.mse_loss(a, b) / b.square().mean() for a, b in zip(out.hidden_states[1:], theirs[1:], strict=True)
+            ]
+            loss = loss + hidden * torch.stack(parts).mean()
+        if weight := float(options.get("cross_entropy", 0.0)):
+            loss = loss + weight * F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
+        return loss
+
+    def take_flips(self) -> list[int]:
+        """[flips, of them reversals] since the last call."""
+        taken = [self.flips, self.back]
+        self.flips = self.back = 0
+        return taken

@@ -1,0 +1,96 @@
+"""The quality bench: its rules, its store and its figures, without any model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.quality import store, suites
+from benchmarks.quality.ablation import ShareRule
+from benchmarks.quality.tables import Results
+from benchmarks.quality.tasks import check_disjoint
+from benchmarks.quality.training import RunConfig
+from kbop_core.kbop import KBOP
+from kbop_core.layers import BinaryLinear
+from kbop_core.schedules import FlipSchedule
+
+STEPS = 30
+
+
+def test_the_laboratorys_rule_with_its_defaults_flips_nearly_what_the_product_flips() -> None:
+    """Not bit for bit: the product measures second moments by projections and keeps evidence in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    layer = BinaryLinear(128, 96, False, 64, trainable=True)
+    layer.set_signs(torch.randn(96, 128, generator=generator))
+    schedule = FlipSchedule(0.01, STEPS, 2)
+    product, rule, signs = KBOP({"a": layer}, schedule), ShareRule(schedule), layer.signs()
+    pull, start = torch.randn(96, 128, generator=generator), layer.signs()
+    for step in range(STEPS):
+        gradient = pull + torch.randn(96, 128, generator=generator)
+        mask = rule.flips(signs, gradient, step)
+        signs = torch.where(mask, -signs, signs)
+        assert layer.gradient_sink is not None
+        layer.gradient_sink(gradient.clone())
+        product.step()
+    ours, theirs = layer.signs() != start, signs != start
+    assert int(ours.sum()) == int(theirs.sum()) > 1000
+    assert int((ours & theirs).sum()) > 0.8 * int(ours.sum())
+
+
+@pytest.mark.parametrize("knobs", [{}, {"normalisation": "element"}, {"int8": True}, {"shape": "linear"}])
+def test_every_knob_leaves_a_zero_gradient_without_flips(knobs: dict[str, Any]) -> None:
+    rule = ShareRule(FlipSchedule(0.5, 4, 1), **knobs)
+    assert not any(bool(rule.flips(torch.ones(3, 64), torch.zeros(3, 64), t).any()) for t in range(4))
+
+
+def test_significance_keeps_noise_from_flipping() -> None:
+    generator, flips = torch.Generator().manual_seed(0), []
+    for significance in (0.0, 6.0):
+        rule = ShareRule(FlipSchedule(0.05, 20, 1), significance=significance)
+        noise = [torch.randn(32, 64, generator=generator) for _ in range(20)]
+        flips.append(sum(int(rule.flips(torch.ones(32, 64), g, t).sum()) for t, g in enumerate(noise)))
+    assert flips[0] > 100 and flips[1] == 0
+
+
+def test_held_out_text_inside_the_training_text_is_refused() -> None:
+    text = "".join(f"sentence number {i} of this document. " for i in range(40))
+    check_disjoint(["something else entirely, at length. " * 10], [text])
+    with pytest.raises(ValueError, match="held-out text occurs in the training text"):
+        check_disjoint(["before " + text + " after"], [text])
+
+
+def test_a_stored_run_is_found_again_and_a_torn_line_is_not(tmp_path: Path) -> None:
+    path, config = tmp_path / "runs.jsonl", RunConfig("demo", "ste", 1000, lr=0.01)
+    store.save(config, {"test": 5.0}, path)
+    path.write_text(path.read_text() + '{"key": "half', encoding="utf-8")
+    assert store.finished(path) == {store.key(config): {"test": 5.0}}
+    assert store.key(config) != store.key(RunConfig("demo", "ste", 1000, lr=0.02))
+    assert "rule" in json.loads(store.key(RunConfig("demo", "kbop"))) and "rule" not in json.loads(store.key(config))
+
+
+def fake(task: str, found: dict[tuple[str, float], float]) -> Results:
+    """Runs at the short budget whose validation and test perplexities are equal."""
+    done = {store.key(RunConfig(task, "plain")): {"test": 100.0, "teacher": 4.0, "validation": 100.0}}
+    for (method, rate), value in found.items():
+        config = RunConfig(task, method, suites.SHORT, lr=rate)
+        done[store.key(config)] = {"validation": value, "test": value}
+    return Results(done)
+
+
+def test_the_gap_is_closed_against_the_best_rate_of_the_best_peer() -> None:
+    ours = suites.SWEEPS["kbop"][0]
+    results = fake("demo", {("kbop", ours): 8.0, ("ste", 2e-3): 16.0, ("ste", 5e-3): 12.0, ("onebit", 5e-3): 14.0})
+    assert results.best_peer("demo", suites.SHORT) == "ste"
+    expected = (math.log(12) - math.log(8)) / (math.log(12) - math.log(4))
+    assert results.gap_closed("demo", "ste", suites.SHORT) == pytest.approx(expected)
+
+
+def test_without_a_run_there_is_no_figure() -> None:
+    results = fake("demo", {("ste", 2e-3): 16.0})
+    assert results.gap_closed("demo", "ste", suites.SHORT) is None
+    assert results.perplexity("demo", "kbop", suites.SHORT) is None
