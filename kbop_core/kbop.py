@@ -24,8 +24,9 @@ needs more evidence. √(r c) is the size of the noise, r c estimates the curvat
 
 Convergence. Let the loss be L-smooth in the signs and its gradient bounded, in all N weights together. k flips change
 it by at most −2 Σ s g + 2 L k; with H bounded and η_t → 0 the flips of a step stop overshooting, β_t → 1 drives the
-noise of m to 0, and a weight keeps its sign only if s·E[g] ≤ 0 up to that bound: the run ends where no single flip
-gains more than 2 L. On a separable convex quadratic that is the optimum, and the rule reaches it (test_kbop.py).
+noise of m to 0: the run ends near a point where no single flip gains more than 2 L. That need not be the optimum; on a
+separable convex quadratic whose free optimum lies outside the cube it is, and the rule reaches it
+(tests/unit/core/test_kbop_converges.py; where it does not: docs/quality.md).
 
 | symbol | here | unit |
 |---|---|---|
@@ -91,15 +92,15 @@ def evidence_scores(signs_RI: Tensor, evidence_RI: Tensor, row_R: Tensor, column
     Returns:
         float32 (R, I); 0 where the evidence is 0, also in rows and columns that never had a gradient.
     """
+    top = column_I.max()  # of all ranks: their scores are compared with each other
     signs_RI *= evidence_RI
-    signs_RI *= _inverse_power(row_R)[:, None]
-    signs_RI *= _inverse_power(column_I)
+    signs_RI *= _inverse_power(row_R, top)[:, None]
+    signs_RI *= _inverse_power(column_I, top)
     return signs_RI
 
 
-def _inverse_power(moment: Tensor) -> Tensor:
-    """moment^−p in float64, over its largest so that no unit of the loss under- or overflows; 0 where it is 0."""
-    top = moment.max() if moment.numel() else moment.new_zeros(())
+def _inverse_power(moment: Tensor, top: Tensor) -> Tensor:
+    """(moment/top)^−p in float64, so that no unit of the loss under- or overflows; 0 where the moment is 0."""
     relative = moment.double() / top.double()
     return torch.where(moment > 0, relative.pow(-POWER), 0.0).float()
 
@@ -191,7 +192,7 @@ class KBOP:
         evidence: EvidenceKind = "bfloat16",
         in_flight: int = 2,
     ) -> None:
-        if isinstance(momentum, float):
+        if isinstance(momentum, int | float):
             momentum = MomentumSchedule.constant(momentum)
         self.schedule, self.momentum, self.micro_steps = schedule, momentum or MomentumSchedule(), micro_steps
         self.gang, self.in_flight, self.steps_done = gang or Gang(), in_flight, 0
@@ -212,10 +213,11 @@ class KBOP:
         beta = self.momentum.beta(self.steps_done)
         self.unit *= beta
         if self.unit < LEAST_UNIT:
-            factor = LEAST_UNIT if beta > 0 else 0.0
+            lasting = beta >= LEAST_UNIT  # a smaller β leaves nothing of the evidence, and its unit would vanish
+            factor = LEAST_UNIT if lasting else 0.0
             for shard in self.shards.values():
                 shard.evidence.multiply(factor)
-            self.unit = self.unit / LEAST_UNIT if beta > 0 else 1.0
+            self.unit = self.unit / LEAST_UNIT if lasting else 1.0
 
     def _receive(self, shard: _Shard, grad_OI: Tensor) -> None:
         """Gradient sink of one layer: start its reduce-scatter, fold an earlier one that has had time to arrive."""

@@ -24,6 +24,7 @@ from kbop_core.baselines.gptq import gptq_layer
 from kbop_core.baselines.latent import LatentLinear, convert_latent
 from kbop_core.baselines.onebit import convert_onebit
 from kbop_core.convert import binary_layers, convert_plain, linear_weight
+from kbop_core.init.fit import FitEffort
 from kbop_core.init.pretrained import LayerFit
 from kbop_core.init.random import random_init
 from kbop_core.kbop import KBOP
@@ -69,7 +70,7 @@ def plain(task: Task, config: RunConfig) -> Student:
     return _student(model, 0.0, convert_plain(model, task.plan, trainable=True))
 
 
-def _calibrated(fit: LayerFit | None, task: Task, config: RunConfig) -> Student:
+def _calibrated(fit: FitEffort | LayerFit | None, task: Task, config: RunConfig) -> Student:
     model = task.initialised(config.seed, fit)
     return _student(model, 0.0, binary_layers(model))
 
@@ -215,7 +216,7 @@ METHODS: dict[str, Method] = {
     "plain": plain,
     "gptq": partial(_calibrated, gptq_layer),
     "arb": partial(_calibrated, arb_layer),
-    "bnn_init": partial(_calibrated, None),
+    "bnn_init": partial(_calibrated, FitEffort()),
     "scales_only": scales_only,
     "ste": ste,
     "ste_bnn_init": ste_bnn_init,

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from kbop_core.convert import binary_layers, plan_conversion
 from kbop_core.errors import KbopError
+from kbop_core.evidence import EvidenceKind
 from kbop_core.init.pretrained import pretrained_init
-from kbop_core.kbop import KBOP, FlipSchedule
+from kbop_core.kbop import KBOP
 from kbop_core.layers import BinaryLinear
 from kbop_core.perplexity import evaluate
+from kbop_core.schedules import FlipSchedule
 from kbop_core.shard import Gang
 from kbop_core.text import Windows
 
@@ -66,7 +68,7 @@ def run_steps(kbop: KBOP, layers: dict[str, BinaryLinear], give: Any) -> dict[st
     return {"bits": bits, "flips": flips}
 
 
-def exact_flips(gang: Gang, folder: Path, in_flight: int = 2) -> dict[str, Any]:
+def exact_flips(gang: Gang, folder: Path, in_flight: int = 2, kind: EvidenceKind = "bfloat16") -> dict[str, Any]:
     """Two samples: one rank sees their mean, of two ranks each sees one."""
 
     def give(name: str, step: int) -> Tensor:
@@ -74,8 +76,14 @@ def exact_flips(gang: Gang, folder: Path, in_flight: int = 2) -> dict[str, Any]:
         return (samples[0] + samples[1]) / 2 if gang.size == 1 else samples[gang.rank]
 
     layers = make_layers()
-    kbop = KBOP(layers, FlipSchedule(0.1, STEPS, 1), momentum=0.98, gang=gang, in_flight=in_flight)
+    schedule = FlipSchedule(0.1, STEPS, 1)
+    kbop = KBOP(layers, schedule, momentum=0.98, gang=gang, evidence=kind, in_flight=in_flight)
     return run_steps(kbop, layers, give)
+
+
+def exact_int8_flips(gang: Gang, folder: Path) -> dict[str, Any]:
+    """The same with evidence in one byte: its blocks lie within rows, so that no shard cuts one."""
+    return exact_flips(gang, folder, kind="int8")
 
 
 def overlap(gang: Gang, folder: Path) -> list[dict[str, Any]]:
@@ -88,7 +96,10 @@ def small_layers(gang: Gang, folder: Path) -> dict[str, Any]:
     layers = make_layers()
     kbop = KBOP(layers, FlipSchedule(0.2, STEPS, 1), momentum=0.5, gang=gang)
     result = run_steps(kbop, layers, lambda name, step: gradient(name, step, 0, 3))
-    return result | {"state_bytes": kbop.state_bytes(), "evidence": {n: s.evidence for n, s in kbop.shards.items()}}
+    held = {
+        name: {"evidence": s.evidence.values(), "row": s.row, "column": s.column} for name, s in kbop.shards.items()
+    }
+    return result | {"state_bytes": kbop.state_bytes(), "held": held}
 
 
 def _broken(gang: Gang, give: Any) -> dict[str, Any]:
@@ -157,5 +168,15 @@ def init(gang: Gang, folder: Path) -> dict[str, Any]:
 
 SCENARIOS = {
     f.__name__: f
-    for f in (collectives, exact_flips, overlap, small_layers, nan_gradient, missing_gradient, quality, init)
+    for f in (
+        collectives,
+        exact_flips,
+        exact_int8_flips,
+        overlap,
+        small_layers,
+        nan_gradient,
+        missing_gradient,
+        quality,
+        init,
+    )
 }

@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 from kbop_core.convert import convert_plain, plan_conversion
 from kbop_core.engine import Engine, EngineConfig
 from kbop_core.errors import KbopError
-from kbop_core.kbop import KBOP, FlipSchedule
+from kbop_core.kbop import KBOP
 from kbop_core.layers import BinaryLinear
 from kbop_core.loop import Run, StepLayout, TrainConfig, start_run, train
+from kbop_core.schedules import FlipSchedule
 from kbop_core.shard import Gang
 from kbop_core.training_state import load_state, newest_state, save_state
 
@@ -84,10 +85,11 @@ def begin(
 
 
 def snapshot(run: Run) -> dict[str, Tensor]:
-    """Bits, evidence and every full-precision parameter of this rank."""
+    """Bits, evidence with its moments and unit, and every full-precision parameter of this rank."""
     model = run.engine._engine.module
     values = {f"bits.{n}": s.layer.weight for n, s in run.kbop.shards.items()}
-    values |= {f"evidence.{n}": s.evidence for n, s in run.kbop.shards.items()}
+    values |= {f"evidence.{p}.{n}": t for n, s in run.kbop.shards.items() for p, t in s.tensors().items()}
+    values |= {"evidence.unit": torch.tensor(run.kbop.unit, dtype=torch.float64)}
     return {name: t.detach().clone() for name, t in {**values, **dict(model.named_parameters())}.items()}
 
 
@@ -183,7 +185,7 @@ def largest_file(size: int) -> Iterator[None]:
 def full_disk(gang: Gang, folder: Path) -> dict[str, dict[str, Any]]:
     """No room for the rank's own file, then room for it and not for DeepSpeed's; afterwards there is room again."""
     run, results = begin(gang), {}
-    for kind, size in {"rank": 100, "engine": 12_000}.items():
+    for kind, size in {"rank": 100, "engine": 14_000}.items():
         checkpoints, error = folder / f"full-{kind}", "none"
         save_state(checkpoints, 1, run.engine, run.kbop, gang)
         try:

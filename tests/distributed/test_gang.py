@@ -54,10 +54,11 @@ def test_gathers_and_reductions_come_in_rank_order_on_every_rank(size: int, outc
 # -- flips ------------------------------------------------------------------------------------------------------------
 
 
-def test_one_rank_on_two_samples_and_two_ranks_on_one_each_flip_the_same_signs(outcome: Outcome) -> None:
-    alone = outcome(1, "exact_flips", 0)
+@pytest.mark.parametrize("scenario", ["exact_flips", "exact_int8_flips"])
+def test_one_rank_on_two_samples_and_two_ranks_on_one_each_flip_the_same_signs(scenario: str, outcome: Outcome) -> None:
+    alone = outcome(1, scenario, 0)
     for rank in ranks(2):
-        shared = outcome(2, "exact_flips", rank)
+        shared = outcome(2, scenario, rank)
         assert shared["flips"] == alone["flips"]
         assert same_bits(shared, alone)
     assert all(sum(flips.values()) > 0 for flips in alone["flips"])
@@ -81,9 +82,19 @@ def test_layers_with_fewer_rows_than_ranks_flip_as_on_one_rank(size: int, outcom
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_shards_of_the_evidence_are_the_rows_of_the_whole(size: int, outcome: Outcome) -> None:
-    shards = [outcome(size, "small_layers", rank)["evidence"] for rank in ranks(size)]
-    for name, whole in outcome(1, "small_layers", 0)["evidence"].items():
-        assert torch.equal(torch.cat([shard[name] for shard in shards]), whole)
+    shards = [outcome(size, "small_layers", rank)["held"] for rank in ranks(size)]
+    for name, whole in outcome(1, "small_layers", 0)["held"].items():
+        assert torch.equal(torch.cat([shard[name]["evidence"] for shard in shards]), whole["evidence"])
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_second_moments_are_those_of_one_rank_rows_sharded_and_columns_whole(size: int, outcome: Outcome) -> None:
+    shards = [outcome(size, "small_layers", rank)["held"] for rank in ranks(size)]
+    for name, whole in outcome(1, "small_layers", 0)["held"].items():
+        torch.testing.assert_close(torch.cat([shard[name]["row"] for shard in shards]), whole["row"])
+        for shard in shards:
+            assert torch.equal(shard[name]["column"], shards[0][name]["column"])
+            torch.testing.assert_close(shard[name]["column"], whole["column"])
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -92,9 +103,11 @@ def test_a_rank_holds_all_bits_and_its_share_of_the_evidence(size: int, outcome:
     bits = sum(b.nbytes for b in alone["bits"][0].values())
     for rank in ranks(size):
         found = outcome(size, "small_layers", rank)
-        evidence = found["evidence"]
-        assert found["state_bytes"] == bits + sum(2 * e.numel() for e in evidence.values())
-        assert all(len(e) <= -(-len(alone["evidence"][name]) // size) for name, e in evidence.items())
+        shards, wholes = found["held"], alone["held"]
+        moments = sum(4 * (len(shard["row"]) + len(shard["column"])) for shard in shards.values())
+        evidence = sum(2 * shard["evidence"].numel() for shard in shards.values())
+        assert found["state_bytes"] == bits + evidence + moments
+        assert all(len(s["evidence"]) <= -(-len(wholes[n]["evidence"]) // size) for n, s in shards.items())
 
 
 def test_a_nan_on_one_rank_stops_both_before_any_sign_changes(outcome: Outcome) -> None:

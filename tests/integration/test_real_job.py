@@ -129,8 +129,10 @@ def test_bits_are_counted_as_the_plan_says(report, downloaded):
 
 
 def test_training_holds_no_latent_weights(report):
-    # Bits and a two-byte evidence, of which each of the two ranks holds its half.
-    assert 0 < report["memory"]["training_state_bytes_per_binary_weight"] <= 1 / 8 + 2
+    # All bits, half of a two-byte evidence, a float for each row of that half and for every column.
+    shapes = [(64, 64)] * 2 + [(32, 64)] * 2 + [(128, 64)] * 2 + [(64, 128)]
+    moments = sum(4 * (rows / 2 + columns) for rows, columns in shapes) / sum(r * c for r, c in shapes)
+    assert report["memory"]["training_state_bytes_per_binary_weight"] == pytest.approx(1 / 8 + 2 / 2 + moments)
 
 
 def test_the_report_says_how_it_came_about(report, finished, tiny):

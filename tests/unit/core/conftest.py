@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -22,6 +24,10 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+
+from kbop_core.kbop import KBOP, FlipStats
+from kbop_core.layers import BinaryLinear
+from kbop_core.schedules import FlipSchedule
 
 VOCABULARY = 40
 
@@ -60,6 +66,38 @@ def _one_thread() -> None:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@dataclass
+class Learner:
+    """One layer, named a, and the optimizer that flips its signs."""
+
+    layer: BinaryLinear
+    kbop: KBOP
+
+    def step(self, *gradients: torch.Tensor) -> FlipStats:
+        """One step whose micro-steps have these gradients, which are not overwritten."""
+        assert self.layer.gradient_sink is not None
+        for gradient in gradients:
+            self.layer.gradient_sink(gradient.clone())
+        return self.kbop.step()
+
+    @property
+    def evidence(self) -> torch.Tensor:
+        """m, float64; between two steps it has decayed for the coming one already."""
+        return self.kbop.shards["a"].evidence.values().double() * self.kbop.unit
+
+
+@pytest.fixture
+def learner() -> Callable[..., Learner]:
+    """(rows, columns, schedule, …KBOP's own options) → random signs, drawn from `seed`, and an optimizer for them."""
+
+    def make(rows: int, columns: int, schedule: FlipSchedule, seed: int = 0, **options: Any) -> Learner:
+        layer = BinaryLinear(columns, rows, False, 8, trainable=True)
+        layer.set_signs(torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)))
+        return Learner(layer, KBOP({"a": layer}, schedule, **options))
+
+    return make
 
 
 @pytest.fixture

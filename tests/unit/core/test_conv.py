@@ -224,8 +224,10 @@ def test_a_kbop_step_flips_exactly_the_signs_whose_gradient_asks_for_it_most(nam
     kbop = KBOP({"conv": layer}, FlipSchedule(0.25, 2, 1), momentum=0.0)
     layer(x).square().sum().backward()
     stats = kbop.step()
-    g = seen[0].bfloat16().double()
-    wanted = before * g / (g.square().mean(1, keepdim=True) * g.square().mean(0)).sqrt()
+    g, probes = seen[0].double(), kbop._probes.double()
+    row = (g @ probes[: g.shape[1]]).square().mean(1, keepdim=True) / g.shape[1]
+    column = (probes[:OUT].t() @ g).square().mean(0) / OUT
+    wanted = before * seen[0].bfloat16().double() / (row * column) ** 0.75
     count = layer.signs_count // 4
     bound = max(0.0, float(wanted.flatten().sort(descending=True).values[count]))
     assert torch.equal(layer.signs() != before, wanted > bound)

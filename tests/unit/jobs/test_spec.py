@@ -17,6 +17,9 @@ BASE: dict[str, Any] = {"model": "builtin:demo", "data": [{"source": "builtin:py
     [
         ({"method": {"effort": "quick", "tokens": 5}}, "method.tokens has no effect"),
         ({"method": {"effort": "quick", "flip_rate": 0.01}}, "method.flip_rate has no effect"),
+        ({"method": {"effort": "quick", "flip_rate": 0.0}}, "method.flip_rate has no effect"),
+        ({"method": {"effort": "quick", "momentum": 0.98}}, "method.momentum has no effect"),
+        ({"method": {"effort": "quick", "evidence": "int8"}}, "method.evidence has no effect"),
         ({"method": {"effort": "max", "tokens": 5}}, "give one of the two"),
         ({"method": {"effort": "quick"}, "init": "random"}, "keeps the initial signs"),
         ({"method": {"calibration_tokens": 9}, "init": "random"}, "calibration_tokens has no effect"),
@@ -31,6 +34,37 @@ def test_the_stored_spec_is_accepted_again_with_every_default_filled_in() -> Non
     for method in ({"effort": "quick"}, {"effort": "max"}, {"tokens": 7}):
         spec = JobSpec.model_validate(BASE | {"method": method})
         assert JobSpec.model_validate_json(spec.canonical_json()) == spec
+
+
+def test_flip_rate_and_momentum_are_the_trainings_own_choice_unless_they_are_given() -> None:
+    for method in ({}, {"flip_rate": None, "momentum": None}, {"effort": "quick", "flip_rate": None}):
+        spec = JobSpec.model_validate(BASE | {"method": method})
+        assert (spec.method.flip_rate, spec.method.momentum, spec.method.evidence) == (None, None, "bfloat16")
+
+
+@pytest.mark.parametrize("field", [{"flip_rate": 0}, {"flip_rate": 0.5}, {"momentum": 0}, {"momentum": 0.9999}])
+def test_the_ends_of_a_range_are_legal(field: dict[str, float]) -> None:
+    spec = JobSpec.model_validate(BASE | {"method": field})
+    assert spec.method.model_dump() | field == spec.method.model_dump()
+
+
+@pytest.mark.parametrize(
+    ("field", "says"),
+    [
+        ({"flip_rate": 0.50001}, "less than or equal to 0.5"),
+        ({"flip_rate": -1e-9}, "greater than or equal to 0"),
+        ({"flip_rate": float("nan")}, "equal to"),
+        ({"momentum": 0.99991}, "less than or equal to 0.9999"),
+        ({"momentum": 1}, "less than or equal to 0.9999"),
+        ({"momentum": -0.1}, "greater than or equal to 0"),
+        ({"momentum": float("nan")}, "equal to"),
+        ({"evidence": "float32"}, "'bfloat16' or 'int8'"),
+        ({"evidence": None}, "'bfloat16' or 'int8'"),
+    ],
+)
+def test_a_value_out_of_its_range_is_refused_with_the_range(field: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        JobSpec.model_validate(BASE | {"method": field})
 
 
 @pytest.mark.parametrize("effort", ["quick", "standard", "max"])

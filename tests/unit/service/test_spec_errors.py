@@ -18,9 +18,17 @@ def mistakes(**changes: Any) -> dict[str, str]:
     return dict(caught.value.errors)
 
 
-def test_a_value_out_of_range_is_named_with_its_pointer_limit_and_value() -> None:
-    found = mistakes(method={"flip_rate": 0.9})
-    assert found == {"/method/flip_rate": "Input should be less than or equal to 0.5, got 0.9"}
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("flip_rate", 0.9, "Input should be less than or equal to 0.5, got 0.9"),
+        ("momentum", 0.99995, "Input should be less than or equal to 0.9999, got 0.99995"),
+        ("momentum", "long", "Input should be a valid number, got 'long'"),
+        ("evidence", "fp8", "Input should be 'bfloat16' or 'int8', got 'fp8'"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_its_pointer_limit_and_value(field: str, value: Any, says: str) -> None:
+    assert mistakes(method={field: value}) == {f"/method/{field}": says}
 
 
 def test_an_unknown_field_is_named_and_the_right_place_is_suggested() -> None:
