@@ -15,6 +15,7 @@ from collections.abc import Iterable
 
 from benchmarks.quality import store, suites, tables
 from benchmarks.quality.runner import run_all
+from benchmarks.quality.tasks import SOURCES, available_tasks
 from benchmarks.quality.training import RunConfig
 
 SUITES = ("short", "medium", "seeds", "ablations", "long", "tables")
@@ -22,7 +23,7 @@ SUITES = ("short", "medium", "seeds", "ablations", "long", "tables")
 
 def main() -> None:
     options = _parse()
-    tasks = options.tasks or _available()
+    tasks = options.tasks or available_tasks()
     for suite in options.suites:
         if suite == "tables":
             continue
@@ -45,12 +46,6 @@ def _wanted(suite: str, tasks: list[str], methods: list[str], stage: int) -> Ite
     return suites.winners(tasks, methods or (*suites.PEERS, "kbop"), tokens, seeds, store.finished())
 
 
-def _available() -> list[str]:
-    from benchmarks.quality.tasks import available_tasks
-
-    return available_tasks()
-
-
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.quality")
     parser.add_argument("suites", nargs="*", default=["short"], help=f"of {', '.join(SUITES)}")
@@ -61,6 +56,9 @@ def _parse() -> argparse.Namespace:
     unknown = [s for s in options.suites if s not in SUITES]
     if unknown:
         parser.error(f"no suite {unknown[0]!r}; there are {', '.join(SUITES)}")
+    for given, legal in ((options.tasks, SOURCES), (options.methods, suites.SWEEPS)):
+        if wrong := [name for name in given if name not in legal]:
+            parser.error(f"no {wrong[0]!r}; there are {', '.join(legal)}")
     return options
 
 

@@ -1,12 +1,11 @@
 """Owns the laboratory's flip rule: ours, dense, in float32, with every choice as a knob. One instance per layer.
 
-With its defaults it makes the flips of kbop_core.kbop.KBOP (tests/unit/core/test_ablation_rule.py), so that a row of
-an ablation table differs from the product's rule in exactly the knob that it names.
+With its defaults it makes nearly the flips of kbop_core.kbop.KBOP (tests/unit/benchmarks/test_quality.py): second
+moments are exact here and projected there, evidence is float32 here and bfloat16 there.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,7 +32,6 @@ class ShareRule:
         reset: what a flip leaves of its evidence, 0 … 1.
         curvature: subtracted from the score, in units of its root mean square over the layer.
         significance: flip only where the evidence is this many standard deviations of its noise away from 0.
-        int8: hold the evidence as int8 with a scale for 64 weights, rounded to nearest.
         shape: "cosine" (the product's), "linear" or "constant" share over time.
     """
 
@@ -47,7 +45,6 @@ class ShareRule:
     reset: float = 0.0
     curvature: float = 0.0
     significance: float = 0.0
-    int8: bool = False
     shape: Literal["cosine", "linear", "constant"] = "cosine"
 
     def __post_init__(self) -> None:
@@ -61,7 +58,7 @@ class ShareRule:
         if self.evidence is None:
             self.evidence = torch.zeros_like(grad)
         self._take_moments(grad, step)
-        self.evidence = self._stored(torch.lerp(grad, self.evidence, self._momentum(step)))
+        self.evidence = torch.lerp(grad, self.evidence, self._momentum(step))
         beta = self._momentum(step)
         self.weight = beta**2 * self.weight + (1.0 - beta) ** 2  # Σ of the squared weights of the average
         scores = signs_OI * self._normalised()
@@ -114,12 +111,3 @@ class ShareRule:
         count = int(self.carried)
         self.carried -= count
         return count
-
-    def _stored(self, evidence: Tensor) -> Tensor:
-        """The evidence as the state keeps it."""
-        if not self.int8:
-            return evidence
-        width = math.gcd(evidence.shape[1], 64)
-        blocks = evidence.view(evidence.shape[0], -1, width)
-        scale = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127.0
-        return (blocks / scale).round().mul(scale).view_as(evidence)

@@ -181,7 +181,7 @@ def _with_rule(rule: Callable[[RunConfig], Rule], task: Task, config: RunConfig)
     student = _start(task, config)
     only = config.options.get("only", "all")
     student.flipper = _DenseFlipper(binary_layers(student.model), lambda: rule(config), only)
-    student.state_bytes = RULE_STATE_BYTES
+    student.state_bytes = RULE_STATE_BYTES + (4.0 if config.method == "fire_spend" else 0.0)  # average and energy
     return student
 
 

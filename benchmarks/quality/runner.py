@@ -25,15 +25,23 @@ def run_all(configs: Iterable[RunConfig], workers: int) -> None:
     began = time.monotonic()
     with ProcessPoolExecutor(workers, get_context("spawn"), die_with_parent, (os.getpid(),)) as pool:
         waiting = {pool.submit(_run_one, config): config for config in todo}
-        for number, future in enumerate(as_completed(waiting), 1):
-            config, result = waiting[future], future.result()
-            store.save(config, result)
-            left = (time.monotonic() - began) / number * (len(todo) - number)
-            console.print(
-                f"{number}/{len(todo)}  {config.task} {config.method} lr {config.lr:g} {config.options or ''} "
-                f"{config.tokens:,} tokens, seed {config.seed}: perplexity {result['validation']:.4g} "
-                f"({result['seconds']:.0f} s; {left / 60:.0f} min left)"
-            )
+        try:
+            for number, future in enumerate(as_completed(waiting), 1):
+                config, result = waiting[future], future.result()
+                store.save(config, result)
+                left = (time.monotonic() - began) / number * (len(todo) - number)
+                console.print(_line(config, result, f"{number}/{len(todo)}", left))
+        except BaseException:  # stopped or broken: what is queued would run to its end and be lost
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _line(config: RunConfig, result: dict[str, Any], place: str, left: float) -> str:
+    return (
+        f"{place}  {config.task} {config.method} lr {config.lr:g} {config.options or ''} {config.tokens:,} tokens, "
+        f"seed {config.seed}: perplexity {result['validation']:.4g} ({result['seconds']:.0f} s; "
+        f"{left / 60:.0f} min left)"
+    )
 
 
 def _run_one(config: RunConfig) -> dict[str, Any]:
@@ -41,7 +49,8 @@ def _run_one(config: RunConfig) -> dict[str, Any]:
 
     from benchmarks.quality.methods import METHODS
     from benchmarks.quality.tasks import task
-    from benchmarks.quality.training import hidden_sizes, run
+    from benchmarks.quality.training import Diverged, hidden_sizes, run
+    from kbop_core.errors import NonFiniteGradient
 
     torch.set_num_threads(1)
     torch.manual_seed(config.seed)
@@ -52,5 +61,5 @@ def _run_one(config: RunConfig) -> dict[str, Any]:
         prepared = time.perf_counter() - began
         sizes = {"hidden_sizes": hidden_sizes(student.model, where.train_NT[:8])}
         return run(where, config, student) | sizes | {"preparation_seconds": round(prepared, 1)}
-    except ArithmeticError as error:  # a rate too large for the method is a result of its sweep
+    except (Diverged, NonFiniteGradient) as error:  # a rate too large for the method is a result of its sweep
         return {"validation": float("inf"), "test": float("inf"), "seconds": 0.0, "diverged": str(error)}

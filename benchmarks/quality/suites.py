@@ -18,10 +18,10 @@ SHORT, MEDIUM, LONG = 800_000, 4_000_000, 40_000_000
 CALIBRATED = ("plain", "gptq", "arb", "bnn_init")
 #: Swept rate of each method: latent learning rates, thresholds, or rates as methods.py gives them to the method.
 SWEEPS: dict[str, tuple[float, ...]] = {
-    "ste": (2e-3, 5e-3, 1e-2),
-    "onebit": (2e-3, 5e-3, 1e-2),
-    "binarymos": (2e-3, 5e-3, 1e-2),
-    "ste_bnn_init": (2e-3, 5e-3),
+    "ste": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
+    "onebit": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
+    "binarymos": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
+    "ste_bnn_init": (5e-4, 1e-3, 2e-3, 5e-3),
     "bop": (1e-5, 1e-4),
     "bold": (0.02, 0.05),
     "fire_spend": (4.0, 16.0),
@@ -100,7 +100,6 @@ KNOBS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("reset at flips", "reset", (0.3, 1.0)),
     ("curvature penalty", "curvature", (0.1, 0.5)),
     ("schedule", "shape", ("linear", "constant")),
-    ("evidence", "int8", (True,)),
     ("loss", "hidden", (0.1, 1.0)),
     ("loss", "cross_entropy", (0.1, 0.5)),
     ("which layers flip", "only", ("attention", "mlp")),

@@ -42,7 +42,8 @@ class Results:
         if chosen is None:
             return []
         runs = [replace(chosen, seed=seed) for seed in suites.SEEDS]
-        return [(c, self.done[store.key(c)]) for c in runs if store.key(c) in self.done]
+        stored = [(c, self.done[store.key(c)]) for c in runs if store.key(c) in self.done]
+        return [(c, r) for c, r in stored if "diverged" not in r]
 
     def perplexity(self, task: str, method: str, tokens: int) -> float | None:
         """Geometric mean of the test perplexities over seeds."""
@@ -136,7 +137,8 @@ def _claims(results: Results) -> Iterator[Claim]:
     for budget, tokens in BUDGETS.items():
         gaps = _best_peer_gaps(results, tokens)
         if gaps:
-            where = f"{budget} budget, {len(gaps)} of {len(SOURCES)} models"
+            peers = {p for p in suites.PEERS for task in gaps if results.perplexity(task, p, tokens)}
+            where = f"{budget} budget, {len(gaps)} of {len(SOURCES)} models, peers: {', '.join(sorted(peers))}"
             yield claim(f"gap closed, mean, {where}", statistics.fmean(gaps.values()), "1", f">= {BARS[budget]}")
             yield claim(f"gap closed, worst model, {where}", min(gaps.values()), "1", ">= 0")
     task, default = _ablation_home(results)
@@ -222,7 +224,13 @@ def _ablations(results: Results) -> str:
         found = results.done.get(store.key(config))
         if found:
             difference = math.log(found["validation"]) - math.log(base["validation"])
-            row = {"row": name, "validation": found["validation"], "test": found["test"], "nats to default": difference}
+            row = {
+                "row": name,
+                "bits": found.get("bits"),
+                "validation": found["validation"],
+                "test": found["test"],
+                "nats to default": difference,
+            }
             tables.setdefault(table, []).append(row)
     parts = [f"{task}, {default.tokens:,} tokens, seed 0; default: {base['validation']:.4g} validation perplexity."]
     return "\n\n".join(parts + [f"**{table}**\n\n{_markdown(rows)}" for table, rows in tables.items()])

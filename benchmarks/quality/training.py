@@ -28,6 +28,10 @@ CURVE = 8
 EVALUATION_BATCH = 32
 
 
+class Diverged(Exception):
+    """The loss of a run is not finite: its rate is too large for the method."""
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Everything that decides a run's result: its canonical JSON is its key.
@@ -99,6 +103,7 @@ def run(task: Task, config: RunConfig, student: Student) -> dict[str, Any]:
     clock, curve, flips = 0.0, [], []
     if config.steps:
         trainer = _Trainer(task, config, student)
+        task.log_probs([0])  # made at first use; not part of any method's time
         marks = {math.ceil(config.steps * (i + 1) / CURVE) for i in range(CURVE)}
         began = time.perf_counter()
         for step in range(config.steps):
@@ -132,7 +137,7 @@ def _quality(model: nn.Module, task: Task, part: str, teacher: bool = False) -> 
 
 @torch.no_grad()
 def hidden_sizes(model: nn.Module, ids_BT: Tensor) -> list[float]:
-    """Root mean square of the hidden states after the embedding and after each block: how signals pass through."""
+    """Root mean square of the hidden states before each block: how signals pass through."""
     states = model(input_ids=ids_BT, use_cache=False, output_hidden_states=True).hidden_states
     return [round(float(state.square().mean().sqrt()), 4) for state in states[:-1]]
 
@@ -157,7 +162,7 @@ class _Trainer:
         rows = list(self.order.indices(step * windows, (step + 1) * windows))
         loss = self._loss(self.task.train_NT[rows], self.task.log_probs(rows))
         if not bool(loss.isfinite()):
-            raise ArithmeticError(f"loss is {float(loss.detach())} at step {step}")
+            raise Diverged(f"loss is {float(loss.detach())} at step {step}")
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, CLIP)
         if self.student.flipper:

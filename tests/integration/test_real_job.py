@@ -106,7 +106,8 @@ def test_perplexities_are_ordered_as_quality_is(report, tiny):
     assert [row["set"] for row in report["perplexity"]] == [tiny.stories.name, tiny.page.name]
     assert_finite(report)
     for row in report["perplexity"]:
-        assert row["teacher"] < row["kbop"] < row["plain"] and row["teacher"] < row["init"] < row["plain"]
+        assert row["kbop"] < row["init"] < row["plain"] and row["teacher"] < row["init"]
+        assert row["teacher"] < 1.02 * row["kbop"]  # on held-out text a student may be ahead by a hair
         assert 0 < row["kl_to_teacher"] < 2 and 0 < row["teacher_top1_agreement"] <= 1
 
 
