@@ -33,12 +33,11 @@ class Results:
         self.done = done
 
     def seeds(self, task: str, method: str, tokens: int) -> list[tuple[RunConfig, Result]]:
-        """Runs of a method with its best rate, one per seed, seed 0 first; calibrated methods have no budget."""
+        """Runs of a method with the best rate that ran at this budget, one per seed, seed 0 first."""
         if method in suites.CALIBRATED:
             chosen: RunConfig | None = RunConfig(task, method)
         else:
-            found = suites.best(task, method, self.done)
-            chosen = replace(found, tokens=tokens) if found else None
+            chosen = suites.best(task, method, self.done, tokens)
         if chosen is None:
             return []
         runs = [replace(chosen, seed=seed) for seed in suites.SEEDS]
