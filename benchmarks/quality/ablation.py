@@ -15,7 +15,7 @@ from torch import Tensor
 from kbop_core.kbop import flip_threshold
 from kbop_core.schedules import FlipSchedule, MomentumSchedule
 
-Normalisation = Literal["factored", "evidence", "row", "layer", "element", "none"]
+Normalisation = Literal["factored", "evidence", "row", "element", "none"]
 
 
 @dataclass
@@ -58,8 +58,8 @@ class ShareRule:
         if self.evidence is None:
             self.evidence = torch.zeros_like(grad)
         self._take_moments(grad, step)
-        self.evidence = torch.lerp(grad, self.evidence, self._momentum(step))
         beta = self._momentum(step)
+        self.evidence = torch.lerp(grad, self.evidence, beta)
         self.weight = beta**2 * self.weight + (1.0 - beta) ** 2  # Σ of the squared weights of the average
         scores = signs_OI * self._normalised()
         if self.significance:
@@ -100,7 +100,7 @@ class ShareRule:
             return m * (rows + tiny).pow(-self.power)[:, None]
         if self.normalisation == "element":
             return m * (self.elements + tiny).pow(-self.power)
-        return m  # "layer", "none": a factor of the whole layer does not change the order within it
+        return m  # one factor for the whole layer would not change the order within it
 
     def _count(self, step: int, weights: int) -> int:
         if self.shape == "cosine":

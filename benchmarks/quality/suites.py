@@ -95,10 +95,12 @@ def ablations(task: str, tokens: int = SHORT) -> Iterator[tuple[str, str, RunCon
 KNOBS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("momentum", "momentum", (0.9, 0.98, 0.99, 0.995)),
     ("momentum", "growth", (0.1, 0.4)),
+    ("momentum", "first", (5.0, 80.0)),
     ("normalisation", "normalisation", ("evidence", "row", "element", "none")),
     ("normalisation", "power", (0.5, 1.0)),
     ("reset at flips", "reset", (0.3, 1.0)),
     ("curvature penalty", "curvature", (0.1, 0.5)),
+    ("significance gate", "significance", (3.0, 4.0)),
     ("schedule", "shape", ("linear", "constant")),
     ("loss", "hidden", (0.1, 1.0)),
     ("loss", "cross_entropy", (0.1, 0.5)),

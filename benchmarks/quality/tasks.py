@@ -95,12 +95,14 @@ def check_disjoint(train: Sequence[str], held: Sequence[str]) -> None:
     Raises:
         ValueError: with the passage.
     """
+    if shared := _shared_passages(train, held):
+        raise ValueError(f"held-out text occurs in the training text: {shared[0]!r}; drop one of the two")
+
+
+def _shared_passages(train: Sequence[str], held: Sequence[str]) -> list[str]:
     whole = "\n".join(train)
-    for text in held:
-        for start in range(0, max(1, len(text) - PASSAGE), max(1, len(text) // 4)):
-            passage = text[start : start + PASSAGE]
-            if len(passage) == PASSAGE and passage in whole:
-                raise ValueError(f"held-out text occurs in the training text: {passage!r}; drop one of the two")
+    probes = [t[s : s + PASSAGE] for t in held for s in range(0, max(1, len(t) - PASSAGE), max(1, len(t) // 4))]
+    return [p for p in probes if len(p) == PASSAGE and p in whole]
 
 
 class Task:
@@ -190,10 +192,7 @@ def _without_shared_passages(train: list[str], held: list[str]) -> list[str]:
     """Training documents that share no probed passage with the held-out ones (single documents are cut instead)."""
     if len(train) == 1:
         return train
-    probes = {t[s : s + PASSAGE] for t in held for s in range(0, max(1, len(t) - PASSAGE), max(1, len(t) // 4))}
-    whole = [p for p in probes if len(p) == PASSAGE]
-    joined = "\n".join(train)
-    present = [p for p in whole if p in joined]
+    present = _shared_passages(train, held)
     return [t for t in train if not any(p in t for p in present)]
 
 
