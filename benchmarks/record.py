@@ -56,8 +56,8 @@ def publish(name: str, command: str, rows: Sequence[dict[str, Any]], claims: Seq
     console.print(_table("claims", [asdict(c) for c in claims]))
     result = {
         "command": command,
-        "commit": _commit(),
-        "machine": _machine(),
+        "commit": commit(),
+        "machine": machine(),
         "at": time.strftime("%Y-%m-%d", time.gmtime()),
         "rows": list(rows),
         "claims": [asdict(c) for c in claims],
@@ -76,12 +76,12 @@ def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def _commit() -> str:
+def commit() -> str:
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     return {
         "processor": platform.machine(),
         "cores": os.cpu_count(),

@@ -20,8 +20,10 @@ Share = Annotated[float, Field(ge=0.0, le=0.5)]
 LearningRate = Annotated[float, Field(ge=0.0, le=1.0)]
 SourceName = Annotated[str, Field(min_length=1, max_length=4096)]
 
-#: Training tokens of each effort level when `method.tokens` is not given. `quick` is BNN Init alone.
+#: Recipe of each effort level (docs/quality.md): end-to-end training tokens when `method.tokens` is not given, and
+#: steps of block-wise reconstruction when `method.blockwise_steps` is not.
 EFFORT_TOKENS: dict[str, int] = {"quick": 0, "standard": 800_000, "max": 4_000_000}
+EFFORT_BLOCKWISE_STEPS: dict[str, int] = {"quick": 400, "standard": 400, "max": 400}
 
 #: Fields of `method` that only training reads.
 TRAINING_FIELDS = ("batch_tokens", "flip_rate", "momentum", "evidence", "scale_lr", "other_lr")
@@ -53,7 +55,8 @@ class MethodSpec(Strict):
 
     effort: Effort = Field(
         default="standard",
-        description="`quick`: BNN Init only, no training. `standard` and `max`: KBOP training with that many tokens.",
+        description="`quick`: BNN Init and block-wise reconstruction, nothing end to end. `standard` and `max`: KBOP "
+        "training end to end after them, with 0.8 and 4 million tokens.",
     )
     tokens: int | None = Field(
         default=None, ge=1, le=10**13, description="Training tokens; replaces the effort level's own number."
@@ -67,10 +70,8 @@ class MethodSpec(Strict):
         le=1_048_576,
         description="Window length in tokens for training; default: the model's own, at most 2048.",
     )
-    flip_rate: Share | None = Field(
-        default=None,
-        description="Flips' learning rate: peak share of each layer's signs flipped in a step; default: 0.025 / "
-        "√steps.",
+    flip_rate: Share = Field(
+        default=0.004, description="Flips' learning rate: peak share of each layer's signs flipped in a step."
     )
     momentum: float | None = Field(
         default=None,
@@ -87,7 +88,17 @@ class MethodSpec(Strict):
         default=3e-3, description="Peak AdamW learning rate of norms, biases, embeddings and head."
     )
     calibration_tokens: int = Field(
-        default=32_768, ge=1, le=2**28, description="Training tokens that BNN Init measures the layers' inputs on."
+        default=65_536,
+        ge=1,
+        le=2**28,
+        description="Training tokens that BNN Init and block-wise reconstruction see.",
+    )
+    blockwise_steps: int | None = Field(
+        default=None,
+        ge=0,
+        le=10**6,
+        description="Steps in which each decoder block learns its teacher block's output before training goes end to "
+        "end; 0: none; default: the effort level's own number (400).",
     )
 
     def changed(self, fields: Sequence[str]) -> list[str]:
@@ -152,8 +163,8 @@ class JobSpec(Strict):
             raise ValueError("method.tokens has no effect with effort 'quick' (no training): drop it or use 'standard'")
         if self.method.effort == "quick" and (idle := self.method.changed(TRAINING_FIELDS)):
             raise ValueError(f"method.{idle[0]} has no effect with effort 'quick' (no training): drop it")
-        if self.init == "random" and self.method.changed(("calibration_tokens",)):
-            raise ValueError("method.calibration_tokens has no effect with init 'random': drop it")
+        if self.init == "random" and (idle := self.method.changed(("calibration_tokens", "blockwise_steps"))):
+            raise ValueError(f"method.{idle[0]} has no effect with init 'random': drop it")
         if self.method.effort == "max" and self.method.tokens is not None:
             raise ValueError("method.tokens replaces what effort 'max' stands for: give one of the two")
         if self.method.effort == "quick" and self.init == "random":
@@ -162,8 +173,16 @@ class JobSpec(Strict):
 
     @property
     def train_tokens(self) -> int:
-        """Training tokens this job asks for; 0 means BNN Init alone."""
+        """End-to-end training tokens this job asks for; 0 means none."""
         return EFFORT_TOKENS[self.method.effort] if self.method.tokens is None else self.method.tokens
+
+    @property
+    def blockwise_steps(self) -> int:
+        """Steps of block-wise reconstruction of each block; 0 means BNN Init alone, and for random signs."""
+        if self.init == "random":
+            return 0
+        asked = self.method.blockwise_steps
+        return EFFORT_BLOCKWISE_STEPS[self.method.effort] if asked is None else asked
 
     def resolved_data(self) -> tuple[tuple[DataSource, ...], tuple[DataSource, ...]]:
         """Training and evaluation sources with the default evaluation split filled in."""

@@ -40,8 +40,8 @@ class Evidence(Protocol):
         """S ← factor · S; exact for powers of two while nothing underflows, and for 0."""
         ...
 
-    def clear(self, places: Tensor) -> None:
-        """S ← 0 at flat places, int64."""
+    def scale(self, places: Tensor, factor: float) -> None:
+        """S ← factor · S at flat places, int64, each once."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
@@ -75,8 +75,8 @@ class _BrainFloat:
     def multiply(self, factor: float) -> None:
         self.stored.mul_(factor)
 
-    def clear(self, places: Tensor) -> None:
-        self.stored.view(-1)[places] = 0
+    def scale(self, places: Tensor, factor: float) -> None:
+        self.stored.view(-1)[places] *= factor
 
     def tensors(self) -> dict[str, Tensor]:
         return {"values": self.stored}
@@ -107,8 +107,9 @@ class _BlockInt8:
     def multiply(self, factor: float) -> None:
         self.scales.mul_(factor)
 
-    def clear(self, places: Tensor) -> None:
-        self.codes.view(-1)[places] = 0
+    def scale(self, places: Tensor, factor: float) -> None:
+        codes = self.codes.view(-1)
+        codes[places] = (codes[places] * factor).round().to(torch.int8)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"codes": self.codes, "scales": self.scales}

@@ -23,7 +23,7 @@ from kbop_core.engine import Engine, EngineConfig
 from kbop_core.errors import NonFiniteLoss
 from kbop_core.evidence import EvidenceKind
 from kbop_core.kbop import KBOP
-from kbop_core.schedules import FlipSchedule, warmup_cosine
+from kbop_core.schedules import FLIP_RATE, FlipSchedule, warmup_cosine
 from kbop_core.shard import Gang
 from kbop_core.text import WindowOrder
 
@@ -73,7 +73,7 @@ class TrainConfig:
 
     Attributes:
         steps: optimizer steps, ≥ 1.
-        flip_rate: peak share of each layer's signs flipped in a step, 0 … 0.5; None: FLIP_RATE/√steps.
+        flip_rate: peak share of each layer's signs flipped in a step, 0 … 0.5.
         momentum: constant decay of the evidence, 0 ≤ β ≤ 0.9999; None: MomentumSchedule's growing memory.
         evidence: how the evidence is stored, "bfloat16" or "int8".
         scale_lr: peak AdamW learning rate of scales.
@@ -85,7 +85,7 @@ class TrainConfig:
     """
 
     steps: int
-    flip_rate: float | None = None
+    flip_rate: float = FLIP_RATE
     momentum: float | None = None
     evidence: EvidenceKind = "bfloat16"
     scale_lr: float = 3e-3
@@ -103,8 +103,6 @@ class TrainConfig:
     @property
     def flip_schedule(self) -> FlipSchedule:
         """η over the run."""
-        if self.flip_rate is None:
-            return FlipSchedule.for_steps(self.steps, self.warmup_steps)
         return FlipSchedule(self.flip_rate, self.steps, self.warmup_steps)
 
 

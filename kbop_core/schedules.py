@@ -12,9 +12,9 @@ from itertools import accumulate
 
 #: Largest β: beyond, what a gradient adds is less than half the last digit of a bfloat16 average of noise.
 MOST_MOMENTUM = 0.9999
-#: Peak share of weights flipped in a step, times √steps: the flips' default learning rate. One number for all
-#: models; from 0.01 to 0.1 the best differs (docs/quality.md).
-FLIP_RATE = 0.025
+#: Peak share of a layer's weights flipped in a step: the flips' default learning rate. One number for all models and
+#: lengths; between 0.002 and 0.014 the best differs (docs/quality.md).
+FLIP_RATE = 0.004
 
 
 @dataclass(frozen=True)
@@ -64,19 +64,6 @@ class FlipSchedule:
     def __post_init__(self) -> None:
         if not 0.0 <= self.peak <= 0.5:
             raise ValueError(f"flip_rate is {self.peak}; it is a share of the weights per step, 0 … 0.5")
-
-    @classmethod
-    def for_steps(cls, steps: int, warmup: int, rate: float = FLIP_RATE) -> FlipSchedule:
-        """The default: a peak of rate/√steps, so that longer runs flip less in a step and more in all.
-
-        Args:
-            steps: length of the run, ≥ 1.
-            warmup: steps of the linear rise.
-            rate: peak share of a run of one step, ≥ 0; the peak itself is at most 0.5.
-        """
-        if not rate >= 0.0:
-            raise ValueError(f"flip rate {rate} is not legal; give 0 or more")
-        return cls(min(0.5, rate / math.sqrt(max(1, steps))), steps, warmup)
 
     def share(self, step: int) -> float:
         """η at a step, 0 ≤ step; 0 beyond the end."""

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kbop_core.kbop import flip_threshold
+from kbop_core.kbop import MIRROR, flip_threshold
 from kbop_core.schedules import FlipSchedule, MomentumSchedule
 
 Normalisation = Literal["factored", "evidence", "row", "element", "none"]
@@ -29,7 +29,7 @@ class ShareRule:
         moment_decay: decay of the gradient's second moments.
         normalisation: what the evidence is divided by.
         power: p: m / v^p; ½ is the root mean square.
-        reset: what a flip leaves of its evidence, 0 … 1.
+        reset: the factor a flip puts on its evidence, −1 … 1: negative mirrors it, 0 forgets it.
         curvature: subtracted from the score, in units of its root mean square over the layer.
         significance: flip only where the evidence is this many standard deviations of its noise away from 0.
         shape: "cosine" (the product's), "linear" or "constant" share over time.
@@ -42,7 +42,7 @@ class ShareRule:
     moment_decay: float = 0.98
     normalisation: Normalisation = "factored"
     power: float = 0.75
-    reset: float = 0.0
+    reset: float = -MIRROR
     curvature: float = 0.0
     significance: float = 0.0
     shape: Literal["cosine", "linear", "constant"] = "cosine"

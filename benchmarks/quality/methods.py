@@ -1,6 +1,6 @@
 """Owns what competes: each method is a function from a task and a configuration to a `Student`. Trains nothing.
 
-Calibrated (no training): `plain`, `gptq`, `arb`, `bnn_init`. Trained, all from the same text in the same order: latent
+Calibrated (no end-to-end training): `plain`, `gptq`, `arb`, `bnn_init`, `quick`. Trained, all from the same text in the same order: latent
 weights with STE (`ste`, `ste_bnn_init`, `onebit`, `binarymos`), other latent-free rules from BNN Init (`bop`, `bold`,
 `fire_spend`, `paper`), ours (`scales_only`, `kbop`), and `ablation`: one knob of our rule changed (ablation.py).
 """
@@ -24,6 +24,7 @@ from kbop_core.baselines.gptq import gptq_layer
 from kbop_core.baselines.latent import LatentLinear, convert_latent
 from kbop_core.baselines.onebit import convert_onebit
 from kbop_core.convert import binary_layers, convert_plain, linear_weight
+from kbop_core.init.blockwise import BlockEffort
 from kbop_core.init.fit import FitEffort
 from kbop_core.init.pretrained import LayerFit
 from kbop_core.init.random import random_init
@@ -70,8 +71,10 @@ def plain(task: Task, config: RunConfig) -> Student:
     return _student(model, 0.0, convert_plain(model, task.plan, trainable=True))
 
 
-def _calibrated(fit: FitEffort | LayerFit | None, task: Task, config: RunConfig) -> Student:
-    model = task.initialised(config.seed, fit)
+def _calibrated(
+    fit: FitEffort | LayerFit, task: Task, config: RunConfig, blockwise: BlockEffort | None = None
+) -> Student:
+    model = task.initialised(config.seed, fit, blockwise)
     return _student(model, 0.0, binary_layers(model))
 
 
@@ -87,7 +90,7 @@ def ste(task: Task, config: RunConfig) -> Student:
 def ste_bnn_init(task: Task, config: RunConfig) -> Student:
     """The same from our BNN Init: its signs on the magnitudes of the pretrained weights, its scales."""
     student = ste(task, config)
-    for name, started in binary_layers(task.initialised(config.seed)).items():
+    for name, started in binary_layers(task.started(config.seed, None)).items():
         layer = student.model.get_submodule(name)
         assert isinstance(layer, LatentLinear)
         with torch.no_grad():
@@ -163,10 +166,11 @@ class _KbopFlipper:
 
 
 def _start(task: Task, config: RunConfig) -> Student:
-    """The binary student before its first step: `init` bnn (default), plain, random, or random_unit (scales 1)."""
-    kind = config.options.get("init", "bnn")
-    if kind == "bnn":
-        return _calibrated(None, task, config)
+    """The binary student before its first step: `init` blockwise (the product's), bnn, plain, random or random_unit."""
+    kind = config.options.get("init", "blockwise")
+    if kind in ("bnn", "blockwise"):
+        model = task.started(config.seed, BlockEffort() if kind == "blockwise" else None)
+        return _student(model, 0.0, binary_layers(model))
     student = plain(task, config)
     if kind in ("random", "random_unit"):
         generator = torch.Generator().manual_seed(config.seed)
@@ -203,8 +207,7 @@ def kbop(task: Task, config: RunConfig) -> Student:
 
 
 def _flips(config: RunConfig) -> FlipSchedule:
-    """`lr` is the peak share of flips times √steps."""
-    return FlipSchedule.for_steps(config.steps, config.warmup_steps, config.lr)
+    return FlipSchedule(config.lr, config.steps, config.warmup_steps)
 
 
 def _ablation(config: RunConfig) -> Rule:
@@ -217,6 +220,7 @@ METHODS: dict[str, Method] = {
     "gptq": partial(_calibrated, gptq_layer),
     "arb": partial(_calibrated, arb_layer),
     "bnn_init": partial(_calibrated, FitEffort()),
+    "quick": partial(_calibrated, FitEffort(), blockwise=BlockEffort()),
     "scales_only": scales_only,
     "ste": ste,
     "ste_bnn_init": ste_bnn_init,

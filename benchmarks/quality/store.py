@@ -13,18 +13,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.tasks import INIT
 from benchmarks.quality.training import RunConfig
-from benchmarks.record import RESULTS
+from benchmarks.record import RESULTS, commit, machine
 
 PATH = RESULTS / "quality-runs.jsonl"
-#: Version of our own rule; part of the key of the runs that use it.
-RULE = 2
+#: Version of our own rule, and of the methods whose start is not ours; part of the keys of runs that use them.
+RULE = 3
 OURS = ("kbop", "ablation")
+INDEPENDENT = ("plain", "ste", "onebit", "binarymos")
 
 
 def key(config: RunConfig) -> str:
     """Canonical JSON of a configuration."""
     version = {"rule": RULE} if config.method in OURS else {}
+    version |= {} if config.method in INDEPENDENT else {"init": INIT}
     return json.dumps(asdict(config) | version, sort_keys=True)
 
 
@@ -43,7 +46,7 @@ def finished(path: Path = PATH) -> dict[str, dict[str, Any]]:
 def save(config: RunConfig, result: dict[str, Any], path: Path = PATH) -> None:
     """Append one run."""
     path.parent.mkdir(exist_ok=True)
-    line = json.dumps({"key": key(config), "result": result}) + "\n"
+    line = json.dumps({"key": key(config), "result": result, "commit": commit(), "machine": machine()}) + "\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         os.write(descriptor, line.encode())

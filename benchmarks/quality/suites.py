@@ -15,7 +15,7 @@ from benchmarks.quality.training import RunConfig
 from kbop_core.schedules import FLIP_RATE
 
 SHORT, MEDIUM, LONG = 800_000, 4_000_000, 40_000_000
-CALIBRATED = ("plain", "gptq", "arb", "bnn_init")
+CALIBRATED = ("plain", "gptq", "arb", "bnn_init", "quick")
 #: Swept rate of each method: latent learning rates, thresholds, or rates as methods.py gives them to the method.
 SWEEPS: dict[str, tuple[float, ...]] = {
     "ste": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
@@ -77,8 +77,8 @@ def ablations(task: str, tokens: int = SHORT) -> Iterator[tuple[str, str, RunCon
     for table, knob, values in KNOBS:
         for value in values:
             yield table, f"{knob} {value}", replace(base, options={knob: value})
-    for rate in (0.006, 0.0125, 0.05, 0.1):
-        yield "flips' learning rate", f"{rate} / √steps", replace(base, lr=rate)
+    for rate in (0.0005, 0.001, 0.002, 0.008, 0.016):
+        yield "flips' learning rate", f"peak share {rate:g}", replace(base, lr=rate)
     for rate in (1e-3, 1e-2):
         yield "scale learning rate", f"scale lr {rate:g}", replace(base, scale_lr=rate)
         yield "other learning rate", f"other lr {rate:g}", replace(base, other_lr=rate)
@@ -86,10 +86,10 @@ def ablations(task: str, tokens: int = SHORT) -> Iterator[tuple[str, str, RunCon
         yield "batch", f"{batch} tokens a step", replace(base, batch_tokens=batch)
     for group in (32, 128, 1 << 16):
         yield "group size", f"group {group if group < 1 << 16 else 'row'}", replace(base, group=group)
-    for start in ("plain", "random", "random_unit"):
+    for start in ("bnn", "plain", "random", "random_unit"):
         yield "init × rule", f"{start}, ours", replace(base, options={"init": start})
         yield "init × rule", f"{start}, scales only", replace(base, method="scales_only", options={"init": start})
-    yield "init × rule", "BNN Init, scales only", replace(base, method="scales_only", lr=0.0)
+    yield "init × rule", "blockwise, scales only", replace(base, method="scales_only", lr=0.0)
 
 
 KNOBS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
@@ -98,7 +98,7 @@ KNOBS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("momentum", "first", (5.0, 80.0)),
     ("normalisation", "normalisation", ("evidence", "row", "element", "none")),
     ("normalisation", "power", (0.5, 1.0)),
-    ("reset at flips", "reset", (0.3, 1.0)),
+    ("momentum at flips", "reset", (-0.95, -0.6, -0.3, 0.0, 0.3, 1.0)),
     ("curvature penalty", "curvature", (0.1, 0.5)),
     ("significance gate", "significance", (3.0, 4.0)),
     ("schedule", "shape", ("linear", "constant")),

@@ -27,6 +27,7 @@ from jobs.split import is_held_out
 from kbop_core.checkpoint import load_student, save_student
 from kbop_core.convert import ConversionPlan, convert_plain, plan_conversion
 from kbop_core.hf import load_model, load_tokenizer
+from kbop_core.init.blockwise import BlockEffort
 from kbop_core.init.fit import FitEffort
 from kbop_core.init.pretrained import LayerFit, pretrained_init
 from kbop_core.text import WindowOrder, Windows, evaluation_windows, read_documents, training_windows
@@ -36,7 +37,11 @@ CONTEXT, GROUP = 128, 64
 #: Most windows in each half of the held-out text.
 HELD_OUT = 400
 #: Tokens that calibrated methods see.
-CALIBRATION_TOKENS = 16_384
+CALIBRATION_TOKENS = 65_536
+#: Windows in one batch of them: one step of block-wise reconstruction.
+CALIBRATION_BATCH = 8
+#: Version of BNN Init and of block-wise reconstruction: students kept on disk and runs from them count for it alone.
+INIT = 2
 #: Characters of a held-out passage that must not occur in the training text.
 PASSAGE = 64
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,10 +142,14 @@ class Task:
         return model
 
     @cached_property
+    def _ids(self) -> str:
+        """Digest of the training windows: what is kept on disk is kept for these."""
+        return hashlib.sha256(self.train_NT.numpy().tobytes()).hexdigest()[:12]
+
+    @cached_property
     def _log_probs(self) -> np.ndarray[Any, np.dtype[np.float16]]:
         """Teacher's log-probabilities, float16 (N, CONTEXT, V), from disk."""
-        ids = hashlib.sha256(self.train_NT.numpy().tobytes()).hexdigest()[:12]
-        path = CACHE / f"{self.name}-{ids}.npy"
+        path = CACHE / f"{self.name}-{self._ids}.npy"
         if not path.exists():
             CACHE.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(f".{os.getpid()}")
@@ -162,23 +171,28 @@ class Task:
     def calibration(self, seed: int) -> list[Tensor]:
         """Windows for calibrated methods, in batches."""
         rows = list(WindowOrder(len(self.train_NT), seed).indices(0, CALIBRATION_TOKENS // CONTEXT))
-        return list(self.train_NT[rows].split(32))
+        return list(self.train_NT[rows].split(CALIBRATION_BATCH))
 
-    def initialised(self, seed: int = 0, fit: FitEffort | LayerFit | None = None) -> nn.Module:
-        """A binary student fitted layer by layer: BNN Init, or a baseline's fit."""
-        path = CACHE / f"{self.name}-g{self.plan.group_size}-init-{seed}.safetensors"
-        if fit is None and path.exists():
-            student = self.fresh_model()
-            convert_plain(student, self.plan, trainable=True)
-            load_student(student, path)
-            return student
+    def initialised(
+        self, seed: int = 0, fit: FitEffort | LayerFit | None = None, blockwise: BlockEffort | None = None
+    ) -> nn.Module:
+        """A binary student fitted layer by layer (BNN Init, or a baseline's fit) and, if asked, block by block."""
         student = self.fresh_model()
-        pretrained_init(student, self.teacher, self.plan, self.calibration(seed), fit)
-        if fit is None:
+        pretrained_init(student, self.teacher, self.plan, self.calibration(seed), fit, blockwise=blockwise)
+        return student
+
+    def started(self, seed: int, blockwise: BlockEffort | None) -> nn.Module:
+        """BNN Init, block-wise reconstructed or not, kept on disk."""
+        steps = blockwise.steps if blockwise else 0
+        path = CACHE / f"{self.name}-{self._ids}-g{self.plan.group_size}-init{INIT}-{steps}-{seed}.safetensors"
+        if not path.exists():
             CACHE.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f"{os.getpid()}-{path.name}")
-            save_student(student, part)
+            save_student(self.initialised(seed, None, blockwise), part)
             part.rename(path)
+        student = self.fresh_model()
+        convert_plain(student, self.plan, trainable=True)
+        load_student(student, path)
         return student
 
 

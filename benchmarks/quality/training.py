@@ -43,7 +43,7 @@ class RunConfig:
         seed: of data order, calibration windows and random starts.
         batch_tokens: tokens in a step.
         group: weights of a row that share a scale.
-        lr: the method's own rate: peak of latent AdamW, peak share of flips × √steps, or a rule's threshold.
+        lr: the method's own rate: peak of latent AdamW, peak share of flips, or a rule's threshold.
         scale_lr: peak AdamW rate of scales (and experts).
         other_lr: peak AdamW rate of norms, biases, embeddings and head.
         options: what an ablation changes, name → value.

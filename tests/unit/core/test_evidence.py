@@ -102,14 +102,20 @@ def test_multiplying_by_a_power_of_two_or_by_zero_is_exact(kind: EvidenceKind, c
 
 @every_kind
 @every_width
-def test_cleared_places_are_zero_and_the_others_stay(kind: EvidenceKind, columns: int) -> None:
+@pytest.mark.parametrize("factor", [-1.0, -0.5, 0.0])
+def test_scaled_places_change_by_the_factor_and_the_others_stay(
+    kind: EvidenceKind, columns: int, factor: float
+) -> None:
     evidence = filled(kind, noise(4, columns))
-    expected, places = evidence.values(), torch.arange(0, 4 * columns, 3)
-    evidence.clear(places)
-    expected.view(-1)[places] = 0
-    assert torch.equal(evidence.values(), expected)
-    evidence.clear(torch.arange(4 * columns))
-    assert not evidence.values().any()
+    before, places = evidence.values(), torch.arange(0, 4 * columns, 3)
+    expected = before.clone()
+    expected.view(-1)[places] *= factor
+    evidence.scale(places, factor)
+    digit = before.abs().amax(1, keepdim=True) / 127 if kind == "int8" else torch.zeros(())
+    assert bool(((evidence.values() - expected).abs() <= 0.51 * digit).all())
+    others = torch.ones(4 * columns, dtype=torch.bool)
+    others[places] = False
+    assert torch.equal(evidence.values().view(-1)[others], before.view(-1)[others])
 
 
 @every_kind
@@ -118,7 +124,7 @@ def test_a_shard_without_rows_takes_everything_and_holds_nothing(kind: EvidenceK
     evidence = make_evidence(kind, 0, columns, CPU)
     evidence.add(torch.zeros(0, columns), 0.5)
     evidence.multiply(2.0**-24)
-    evidence.clear(torch.zeros(0, dtype=torch.int64))
+    evidence.scale(torch.zeros(0, dtype=torch.int64), -0.5)
     assert evidence.values().shape == (0, columns)
     assert sum(t.nbytes for t in evidence.tensors().values()) == 0
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kbop_core.errors import GradientContract, NonFiniteGradient
 from kbop_core.evidence import EvidenceKind
-from kbop_core.kbop import KBOP
+from kbop_core.kbop import KBOP, MIRROR
 from kbop_core.layers import BinaryLinear
 from kbop_core.schedules import FlipSchedule, MomentumSchedule
 
@@ -81,7 +81,7 @@ class Reference:
         ordered = np.sort(scores, axis=None)[::-1]
         flip = scores > (max(0.0, ordered[count]) if count < ordered.size else 0.0)
         self.signs[flip] *= -1
-        self.evidence[flip] = 0
+        self.evidence[flip] = bfloat16(self.evidence[flip] * float(np.float32(-0.8)))
         self.steps_done += 1
         return int(flip.sum())
 
@@ -184,16 +184,33 @@ def test_no_more_than_the_count_flips_in_a_layer_of_one_row_or_one_column(
 
 
 @every_kind
-def test_a_flipped_weight_starts_anew_and_the_others_keep_their_evidence(kind: EvidenceKind) -> None:
+def test_a_flip_mirrors_its_evidence_and_the_others_keep_theirs(kind: EvidenceKind) -> None:
     layer = make_layer(5, 30)
     kbop, before = make_kbop({"a": layer}, momentum=0.5, evidence=kind), layer.signs()
-    gradient = torch.randint(-126, 127, (5, 30)).float()
-    gradient[:, 0] = 127  # whole numbers up to 127: int8 holds them exactly
+    gradient = 5.0 * torch.randint(-25, 26, (5, 30))
+    gradient[:, 0] = 127  # whole numbers up to 127: int8 holds them exactly, and four fifths of multiples of five
+    gradient[:, 0] *= -before[:, 0]  # their signs are right: they stay
     give(layer, gradient)
     assert kbop.step().flips["a"] > 0
     flipped = layer.signs() != before
     held = kbop.shards["a"].evidence.values() * kbop.unit
-    assert torch.equal(held, torch.where(flipped, 0.0, 0.25 * gradient))
+    assert MIRROR == 0.8
+    assert torch.allclose(held, torch.where(flipped, -0.2, 0.25) * gradient, rtol=2**-8)
+
+
+@every_kind
+def test_a_flip_is_taken_back_unless_the_next_gradients_confirm_it(kind: EvidenceKind) -> None:
+    layer = make_layer(4, 32)
+    kbop, before = make_kbop({"a": layer}, peak=0.25, momentum=0.9, evidence=kind), layer.signs()
+    wants = before * (1.0 + torch.rand(4, 32, generator=torch.Generator().manual_seed(2)))
+    give(layer, wants)
+    kbop.step()
+    flipped = layer.signs() != before
+    assert bool(flipped.any())
+    confirmed = flipped & (torch.arange(32) % 2 == 0)
+    give(layer, torch.where(flipped, torch.where(confirmed, wants, -wants), 0.0))
+    kbop.step()
+    assert torch.equal((layer.signs() == before) & flipped, flipped & ~confirmed)
 
 
 def test_the_tail_bits_of_a_ragged_row_stay_zero() -> None:

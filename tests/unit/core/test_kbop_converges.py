@@ -17,9 +17,9 @@ five_seeds = pytest.mark.parametrize("seed", range(5))
 
 
 def annealed(steps: int) -> FlipSchedule:
-    """A peak at which the whole run may flip each weight three times: half of them start wrong."""
+    """A peak at which the whole run may flip each weight ten times: half start wrong, and most flips are taken back."""
     total = sum(warmup_cosine(t, steps, steps // 20) for t in range(steps))
-    return FlipSchedule(3.0 / total, steps, steps // 20)
+    return FlipSchedule(10.0 / total, steps, steps // 20)
 
 
 def random_signs(rng: torch.Generator) -> Tensor:
@@ -32,11 +32,12 @@ def wrong(signs: Tensor, best: Tensor) -> float:
 
 @pytest.mark.parametrize(("kind", "spread"), [("bfloat16", 1.0), ("int8", 0.25)])
 @five_seeds
-def test_a_noisy_separable_quadratic_ends_at_its_optimum(
+def test_a_noisy_separable_quadratic_ends_at_its_optimum_but_for_the_last_trials(
     learner: Callable, seed: int, kind: EvidenceKind, spread: float
 ) -> None:
     """½ Σ h (a s − w)², |w| > a, with noise as large as a flip's effect, and h, a unlike between rows and columns.
 
+    A flip is a trial until the next gradients confirm it; the last ones may end untaken back: under 1 % of the signs.
     int8 needs columns of like size: what is below 1/254 of the largest of 64 neighbours is rounded away.
     """
     rng = torch.Generator().manual_seed(seed)
@@ -51,7 +52,7 @@ def test_a_noisy_separable_quadratic_ends_at_its_optimum(
     for _ in range(800):
         noise = a * torch.randn(ROWS, COLUMNS, generator=rng)
         subject.step(h * a * (a * subject.layer.signs() - w + noise))
-    assert torch.equal(subject.layer.signs(), best)
+    assert wrong(subject.layer.signs(), best) < 0.01
 
 
 @five_seeds
@@ -60,9 +61,9 @@ def test_annealed_flips_reach_the_optimum_of_a_convex_quadratic(learner: Callabl
     rng = torch.Generator().manual_seed(seed)
     best, inputs = random_signs(rng), torch.randn(132, COLUMNS, generator=rng)
     curvature, pull = inputs.t() @ inputs / 132, 0.3 * best * (torch.rand(ROWS, COLUMNS, generator=rng) + 0.5)
-    subject = learner(ROWS, COLUMNS, FlipSchedule(0.02, 300, 10), seed=seed + 100, momentum=0.9)
+    subject = learner(ROWS, COLUMNS, FlipSchedule(0.005, 600, 10), seed=seed + 100, momentum=0.9)
     assert wrong(subject.layer.signs(), best) > 0.4
-    for _ in range(300):
+    for _ in range(600):
         subject.step((subject.layer.signs() - best) @ curvature - pull)
     assert torch.equal(subject.layer.signs(), best)
 

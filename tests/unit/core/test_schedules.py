@@ -82,36 +82,10 @@ def test_the_factor_rises_to_one_then_falls_and_stays_positive(steps: int, warmu
 # -- the default share ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("steps", "peak"), [(1, 0.025), (100, 2.5e-3), (400, 1.25e-3), (10_000, 2.5e-4)])
-def test_by_default_the_largest_share_falls_with_the_root_of_the_steps(steps: int, peak: float) -> None:
-    assert FLIP_RATE == 0.025
-    schedule = FlipSchedule.for_steps(steps, 1)
-    assert (schedule.steps, schedule.warmup) == (steps, 1)
-    assert schedule.peak == pytest.approx(peak)
-
-
-@given(steps=st.integers(1, 2000), longer=st.integers(2, 2000))
-@settings(max_examples=50, deadline=None)
-def test_a_longer_run_flips_less_in_a_step_and_more_in_all(steps: int, longer: int) -> None:
-    short, long = FlipSchedule.for_steps(steps, 0), FlipSchedule.for_steps(steps + longer, 0)
-    assert short.peak > long.peak
-    assert sum(map(short.share, range(short.steps))) < sum(map(long.share, range(long.steps)))
-
-
-@given(rate=st.floats(0, allow_infinity=True), steps=st.integers(0, 10**12))
-def test_the_default_share_is_legal_whatever_the_rate_and_the_length(rate: float, steps: int) -> None:
-    assert 0.0 <= FlipSchedule.for_steps(steps, 5, rate).peak <= 0.5
-
-
-@pytest.mark.parametrize("rate", [-1e-9, -3.0, -math.inf, math.nan])
-def test_a_rate_that_is_no_share_is_refused(rate: float) -> None:
-    with pytest.raises(ValueError, match=r"flip rate .* is not legal; give 0 or more"):
-        FlipSchedule.for_steps(100, 5, rate)
-
-
 def test_a_run_uses_the_flip_rate_it_is_given_and_else_the_default() -> None:
-    assert TrainConfig(steps=4000).flip_schedule == FlipSchedule.for_steps(4000, 200)
+    assert TrainConfig(steps=4000).flip_schedule == FlipSchedule(FLIP_RATE, 4000, 200)
     assert TrainConfig(steps=4000, flip_rate=0.01).flip_schedule == FlipSchedule(0.01, 4000, 200)
+    assert MethodSpec().flip_rate == FLIP_RATE
     assert TrainConfig(steps=4000, flip_rate=0.0).flip_schedule.peak == 0.0
 
 

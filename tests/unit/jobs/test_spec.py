@@ -23,6 +23,7 @@ BASE: dict[str, Any] = {"model": "builtin:demo", "data": [{"source": "builtin:py
         ({"method": {"effort": "max", "tokens": 5}}, "give one of the two"),
         ({"method": {"effort": "quick"}, "init": "random"}, "keeps the initial signs"),
         ({"method": {"calibration_tokens": 9}, "init": "random"}, "calibration_tokens has no effect"),
+        ({"method": {"blockwise_steps": 9}, "init": "random"}, "blockwise_steps has no effect"),
     ],
 )
 def test_a_setting_that_cannot_take_effect_is_refused(changes: dict[str, Any], says: str) -> None:
@@ -36,10 +37,16 @@ def test_the_stored_spec_is_accepted_again_with_every_default_filled_in() -> Non
         assert JobSpec.model_validate_json(spec.canonical_json()) == spec
 
 
-def test_flip_rate_and_momentum_are_the_trainings_own_choice_unless_they_are_given() -> None:
-    for method in ({}, {"flip_rate": None, "momentum": None}, {"effort": "quick", "flip_rate": None}):
+def test_momentum_is_the_trainings_own_choice_unless_it_is_given() -> None:
+    for method in ({}, {"momentum": None}, {"effort": "quick", "momentum": None}):
         spec = JobSpec.model_validate(BASE | {"method": method})
-        assert (spec.method.flip_rate, spec.method.momentum, spec.method.evidence) == (None, None, "bfloat16")
+        assert (spec.method.flip_rate, spec.method.momentum, spec.method.evidence) == (0.004, None, "bfloat16")
+
+
+def test_blocks_are_reconstructed_at_every_effort_unless_the_spec_says_otherwise() -> None:
+    for method, steps in (({"effort": "quick"}, 400), ({}, 400), ({"effort": "max"}, 400), ({"blockwise_steps": 0}, 0)):
+        assert JobSpec.model_validate(BASE | {"method": method}).blockwise_steps == steps
+    assert JobSpec.model_validate(BASE | {"init": "random"}).blockwise_steps == 0
 
 
 @pytest.mark.parametrize("field", [{"flip_rate": 0}, {"flip_rate": 0.5}, {"momentum": 0}, {"momentum": 0.9999}])

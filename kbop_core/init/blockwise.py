@@ -1,0 +1,196 @@
+"""Owns block-wise reconstruction: one decoder block of the student learns to give what the teacher's block gives.
+
+Refuses to know how the block was started (pretrained.py) and how flips are decided (kbop.py). The block reads what the
+student's earlier, finished blocks give, and aims at the teacher's output on the teacher's own input, so that it also
+repairs what came before it:
+
+    minimise  Σ ‖f_b(x) − t‖² / Σ ‖t − t₀‖²        x student's input, t teacher's output, t₀ teacher's input
+
+Signs move by KBOP, scales and norms by AdamW, both with the end-to-end stage's defaults. No head, no logits, no gradient
+beyond the block. Ranks read their own windows and sum their gradients.
+
+What it is worth: `make bench-quality`, row `quick` beside `bnn_init` (docs/quality.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kbop_core.kbop import KBOP
+from kbop_core.layers import BinaryLayer
+from kbop_core.schedules import FlipSchedule, warmup_cosine
+from kbop_core.shard import Gang
+
+#: Arguments of one call of a block.
+BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class BlockEffort:
+    """How long and how fast to reconstruct.
+
+    Attributes:
+        steps: of each block, ≥ 1; every step reads one batch of calibration windows on each rank.
+        flip_rate: peak share of each layer's signs flipped in a step, 0 … 0.5.
+        scale_lr: peak AdamW learning rate of scales.
+        other_lr: peak AdamW learning rate of norms and biases.
+        warmup: share of the steps in which all rates rise.
+        clip: largest norm of the gradient of scales, norms and biases.
+    """
+
+    steps: int = 400
+    flip_rate: float = 0.01
+    scale_lr: float = 3e-3
+    other_lr: float = 1e-3
+    warmup: float = 0.05
+    clip: float = 1.0
+
+
+def reconstruct_block(
+    block: nn.Module,
+    layers: dict[str, BinaryLayer],
+    teacher_block: nn.Module,
+    calls: Sequence[tuple[BlockCall, BlockCall]],
+    effort: BlockEffort,
+    gang: Gang | None = None,
+    progress: Callable[[int], None] = lambda steps: None,
+) -> float | None:
+    """Train one block, in place.
+
+    Args:
+        block: the student's, its layers binary; left in its own dtype, trained in float32.
+        layers: name → its binary layers, at least one.
+        teacher_block: the same block of the teacher.
+        calls: for each of this rank's batches, what the student hands to its block and the teacher to its own.
+        effort: how long.
+        gang: the ranks; all must call.
+        progress: told the steps done, after each.
+
+    Returns:
+        The relative squared error of the last pass over the batches, unit 1; None when the text does not reach every
+        layer exactly once per call (experts): such a block is left as it is.
+    """
+    gang = gang or Gang()
+    if not _reached(block, layers, calls, gang):
+        return None
+    dtypes = {name: p.dtype for name, p in block.named_parameters()}
+    targets, level = _targets(teacher_block, calls, gang)
+    block.float()
+    try:
+        return _train(block, layers, [c[0] for c in calls], targets, level, effort, gang, progress)
+    finally:
+        for layer in layers.values():
+            layer.gradient_sink = None
+        for name, parameter in block.named_parameters():
+            parameter.data = parameter.data.to(dtypes[name])
+            parameter.grad = None
+
+
+def _train(
+    block: nn.Module,
+    layers: dict[str, BinaryLayer],
+    inputs: Sequence[BlockCall],
+    targets: Sequence[Tensor],
+    level: float,
+    effort: BlockEffort,
+    gang: Gang,
+    progress: Callable[[int], None],
+) -> float:
+    warmup = max(1, round(effort.warmup * effort.steps))
+    kbop = KBOP(layers, FlipSchedule(effort.flip_rate, effort.steps, warmup), gang=gang)
+    scales = [p for n, p in block.named_parameters() if n.endswith("weight_scale")]
+    others = [p for n, p in block.named_parameters() if not n.endswith("weight_scale")]
+    rates = [effort.scale_lr, effort.other_lr]
+    optimizer = torch.optim.AdamW([{"params": scales}, {"params": others}], betas=(0.9, 0.95), weight_decay=0.0)
+    generator, order, errors = torch.Generator().manual_seed(0), list[int](), list[float]()
+    with torch.enable_grad():
+        for parameter in (*scales, *others):
+            parameter.requires_grad_(True)
+        for step in range(effort.steps):
+            if not order:
+                order = torch.randperm(len(inputs), generator=generator).tolist()
+                errors = []
+            place = order.pop()
+            loss = (_output(block, _cast(inputs[place])) - targets[place]).square().mean() / level
+            errors.append(float(loss.detach()))
+            loss.backward()
+            _average([p.grad for p in (*scales, *others) if p.grad is not None], gang)
+            nn.utils.clip_grad_norm_([*scales, *others], effort.clip)
+            kbop.step()
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * warmup_cosine(step, effort.steps, warmup)
+            optimizer.step()
+            optimizer.zero_grad()
+            progress(step + 1)
+    return sum(errors) / len(errors)
+
+
+def _targets(
+    teacher_block: nn.Module, calls: Sequence[tuple[BlockCall, BlockCall]], gang: Gang
+) -> tuple[list[Tensor], float]:
+    """The teacher's outputs, float32, and the mean square of what its block adds, over all ranks."""
+    targets, sums = [], torch.zeros(2, dtype=torch.float64)
+    for _, (args, kwargs) in calls:
+        target = _output(teacher_block, (args, kwargs)).detach().float()
+        added = target - args[0].float()
+        sums += torch.tensor([float(added.square().sum()), float(added.numel())], dtype=torch.float64)
+        targets.append(target)
+    sums = gang.sum(sums.to(targets[0].device)).cpu()
+    return targets, float(sums[0] / sums[1]) or 1.0
+
+
+def _reached(
+    block: nn.Module, layers: dict[str, BinaryLayer], calls: Sequence[tuple[BlockCall, BlockCall]], gang: Gang
+) -> bool:
+    """Whether every call of the block, on every rank, uses each layer exactly once."""
+    uses = dict.fromkeys(layers, 0)
+
+    def hook(name: str) -> Any:
+        def count(*_: Any) -> None:
+            uses[name] += 1
+
+        return count
+
+    wrong = 0
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        for (args, kwargs), _ in calls:
+            uses.update(dict.fromkeys(layers, 0))
+            with torch.no_grad():
+                block(*args, **kwargs)
+            wrong += any(count != 1 for count in uses.values())
+    finally:
+        for handle in handles:
+            handle.remove()
+    device = next(iter(layers.values())).weight.device
+    return int(gang.sum(torch.tensor([wrong], device=device))) == 0
+
+
+def _output(block: nn.Module, call: BlockCall) -> Tensor:
+    out = block(*call[0], **call[1])
+    hidden: Tensor = out[0] if isinstance(out, tuple) else out
+    return hidden
+
+
+def _cast(value: Any) -> Any:
+    """The same arguments with every floating-point tensor in float32."""
+    if isinstance(value, Tensor):
+        return value.detach().float() if value.is_floating_point() else value
+    if isinstance(value, tuple):
+        return tuple(_cast(v) for v in value)
+    if isinstance(value, dict):
+        return {k: _cast(v) for k, v in value.items()}
+    return value
+
+
+def _average(gradients: Sequence[Tensor], gang: Gang) -> None:
+    if gang.size == 1:
+        return
+    flat = gang.sum(torch.cat([g.reshape(-1) for g in gradients])) / gang.size
+    for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(piece.view_as(gradient))
