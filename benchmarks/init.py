@@ -16,7 +16,7 @@ from benchmarks.record import claim, publish, shared_data
 from kbop_core.convert import convert_plain, plan_conversion
 from kbop_core.hf import load_model, load_tokenizer
 from kbop_core.init.fit import FitEffort
-from kbop_core.init.pretrained import pretrained_init
+from kbop_core.init.pretrained import InitEffort, pretrained_init
 from kbop_core.perplexity import evaluate
 from kbop_core.text import WindowOrder, evaluation_windows, read_documents, training_windows
 
@@ -53,7 +53,7 @@ def main() -> None:
             student = load_model(source)
             batches = train[list(WindowOrder(len(train), seed).indices(0, WINDOWS))].split(32)
             began = time.perf_counter()
-            pretrained_init(student, teacher, plan, batches, FitEffort(teacher_share=share))
+            pretrained_init(student, teacher, plan, batches, InitEffort(FitEffort(teacher_share=share)))
             seconds.append(time.perf_counter() - began)
             results.append(perplexity(student))
         rows.append(

@@ -77,11 +77,13 @@ def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def commit() -> str:
+    """Short hash of what is checked out; "unknown" without git."""
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
 
 def machine() -> dict[str, Any]:
+    """What the numbers were taken on."""
     return {
         "processor": platform.machine(),
         "cores": os.cpu_count(),

@@ -19,9 +19,8 @@ adaptive threshold with the multiple of the deviation chosen so that the share i
 small layers and small rates flip too. Ties at the threshold do not flip; evidence of 0 never flips anything.
 
 Why −κ m: mirrored, the evidence still speaks for a flip, a little less. Unless the next gradients confirm the new sign,
-they soon take the flip back, as they do with a latent weight that has just crossed zero; from 0 that would take as long
-as the average is. So flips are cheap trials, rates an order of magnitude larger become useful, and the best rate
-depends less on the model (κ = 0 was −0.06 nat worse at its best rate; docs/quality.md).
+they soon take the flip back, as with a latent weight that has just crossed zero; from 0 that takes as long as the
+average is. Flips become cheap trials: larger shares pay, and the best one depends less on the model (docs/quality.md).
 
 Why p = ¾: the second-order change of a flip, −2 s g + 2 h, is negative where s g > h, so a weight of large curvature h
 needs more evidence. √(r c) is the size of the noise, r c estimates the curvature; the exponent between them is best
@@ -49,8 +48,7 @@ gradients, and no rank ever holds the whole gradient of a step (measured beside 
 
 Sources: one average, a threshold adapted to the layer and a learning rate for the flips are KBOP's (OpenReview
 r16HwfP4HA, abstract and reviews); the rest is ours, each choice with its row in docs/quality.md (`make bench-quality`).
-
-World-size independence: with gradients that sum exactly, 1, 2 or 3 ranks flip the same weights.
+With gradients that sum exactly, 1, 2 or 3 ranks flip the same weights.
 """
 
 from __future__ import annotations
@@ -82,9 +80,7 @@ PROBES = 16
 #: Once Π β is below this, the stored evidence is multiplied by it: a power of two, so nothing is rounded.
 LEAST_UNIT = 2.0**-24
 
-# --------------------------------------------------------------------------------------------------------------------
-# The rule
-# --------------------------------------------------------------------------------------------------------------------
+# -- the rule ---------------------------------------------------------------------------------------------------------
 
 
 def evidence_scores(signs_RI: Tensor, evidence_RI: Tensor, row_R: Tensor, column_I: Tensor) -> Tensor:
@@ -124,9 +120,7 @@ def flip_threshold(scores: Tensor, count: int) -> float:
     return max(0.0, float(scores.topk(count + 1).values[-1]))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The optimizer
-# --------------------------------------------------------------------------------------------------------------------
+# -- the optimizer ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -177,7 +171,7 @@ class KBOP:
     """Flips the signs of binary layers; holds their evidence, sharded by rows, and nothing else.
 
     Use: build it (it installs itself as each layer's gradient sink), run `micro_steps` backward passes, call `step`.
-    Not for scales, norms or embeddings: those are real numbers and have an optimizer of their own.
+    Scales, norms and embeddings have an optimizer of their own.
 
     Args:
         layers: name → layer; every rank gives the same ones in the same order.
@@ -378,8 +372,7 @@ def _scores(shard: _Shard) -> Tensor:
 def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The count+1 largest scores (zeros appended when there are fewer) and their places.
 
-    A sample gives a bound that about twice as many exceed, so that only those are sorted; the result does not depend
-    on it.
+    A sample gives a bound that about twice as many exceed, so that only those are sorted: the result is the same.
     """
     wanted = count + 1
     places = None

@@ -1,8 +1,9 @@
 """Owns what competes: each method is a function from a task and a configuration to a `Student`. Trains nothing.
 
-Calibrated (no end-to-end training): `plain`, `gptq`, `arb`, `bnn_init`, `quick`. Trained, all from the same text in the same order: latent
-weights with STE (`ste`, `ste_bnn_init`, `onebit`, `binarymos`), other latent-free rules from BNN Init (`bop`, `bold`,
-`fire_spend`, `paper`), ours (`scales_only`, `kbop`), and `ablation`: one knob of our rule changed (ablation.py).
+Calibrated (nothing end to end): `plain`, `gptq`, `arb`, `bnn_init`, `quick` (BNN Init, then block-wise). Trained, all
+from the same text in the same order: latent weights with STE (`ste`, `ste_bnn_init`, `onebit`, `binarymos`); from
+`quick`'s signs, other latent-free rules (`bop`, `bold`, `fire_spend`, `paper`), ours (`scales_only`, `kbop`) and
+`ablation`: one knob of our rule changed (ablation.py).
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ from kbop_core.baselines.latent import LatentLinear, convert_latent
 from kbop_core.baselines.onebit import convert_onebit
 from kbop_core.convert import binary_layers, convert_plain, linear_weight
 from kbop_core.init.blockwise import BlockEffort
-from kbop_core.init.fit import FitEffort
-from kbop_core.init.pretrained import LayerFit
+from kbop_core.init.pretrained import InitEffort
 from kbop_core.init.random import random_init
 from kbop_core.kbop import KBOP
 from kbop_core.layers import BinaryLinear
@@ -71,10 +71,8 @@ def plain(task: Task, config: RunConfig) -> Student:
     return _student(model, 0.0, convert_plain(model, task.plan, trainable=True))
 
 
-def _calibrated(
-    fit: FitEffort | LayerFit, task: Task, config: RunConfig, blockwise: BlockEffort | None = None
-) -> Student:
-    model = task.initialised(config.seed, fit, blockwise)
+def _calibrated(effort: InitEffort, task: Task, config: RunConfig) -> Student:
+    model = task.initialised(config.seed, effort)
     return _student(model, 0.0, binary_layers(model))
 
 
@@ -217,10 +215,10 @@ def _ablation(config: RunConfig) -> Rule:
 
 METHODS: dict[str, Method] = {
     "plain": plain,
-    "gptq": partial(_calibrated, gptq_layer),
-    "arb": partial(_calibrated, arb_layer),
-    "bnn_init": partial(_calibrated, FitEffort()),
-    "quick": partial(_calibrated, FitEffort(), blockwise=BlockEffort()),
+    "gptq": partial(_calibrated, InitEffort(gptq_layer)),
+    "arb": partial(_calibrated, InitEffort(arb_layer)),
+    "bnn_init": partial(_calibrated, InitEffort()),
+    "quick": partial(_calibrated, InitEffort(blockwise=BlockEffort())),
     "scales_only": scales_only,
     "ste": ste,
     "ste_bnn_init": ste_bnn_init,

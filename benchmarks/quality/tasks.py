@@ -28,8 +28,7 @@ from kbop_core.checkpoint import load_student, save_student
 from kbop_core.convert import ConversionPlan, convert_plain, plan_conversion
 from kbop_core.hf import load_model, load_tokenizer
 from kbop_core.init.blockwise import BlockEffort
-from kbop_core.init.fit import FitEffort
-from kbop_core.init.pretrained import LayerFit, pretrained_init
+from kbop_core.init.pretrained import InitEffort, pretrained_init
 from kbop_core.text import WindowOrder, Windows, evaluation_windows, read_documents, training_windows
 
 #: Tokens in a training or evaluation window, and weights of a row that share a scale.
@@ -173,12 +172,10 @@ class Task:
         rows = list(WindowOrder(len(self.train_NT), seed).indices(0, CALIBRATION_TOKENS // CONTEXT))
         return list(self.train_NT[rows].split(CALIBRATION_BATCH))
 
-    def initialised(
-        self, seed: int = 0, fit: FitEffort | LayerFit | None = None, blockwise: BlockEffort | None = None
-    ) -> nn.Module:
+    def initialised(self, seed: int, effort: InitEffort) -> nn.Module:
         """A binary student fitted layer by layer (BNN Init, or a baseline's fit) and, if asked, block by block."""
         student = self.fresh_model()
-        pretrained_init(student, self.teacher, self.plan, self.calibration(seed), fit, blockwise=blockwise)
+        pretrained_init(student, self.teacher, self.plan, self.calibration(seed), effort)
         return student
 
     def started(self, seed: int, blockwise: BlockEffort | None) -> nn.Module:
@@ -188,7 +185,7 @@ class Task:
         if not path.exists():
             CACHE.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f"{os.getpid()}-{path.name}")
-            save_student(self.initialised(seed, None, blockwise), part)
+            save_student(self.initialised(seed, InitEffort(blockwise=blockwise)), part)
             part.rename(path)
         student = self.fresh_model()
         convert_plain(student, self.plan, trainable=True)

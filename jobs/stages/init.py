@@ -14,7 +14,7 @@ from jobs.workspace import Workspace
 from kbop_core.checkpoint import save_student
 from kbop_core.convert import convert_plain
 from kbop_core.init.blockwise import BlockEffort
-from kbop_core.init.pretrained import pretrained_init
+from kbop_core.init.pretrained import InitEffort, pretrained_init
 from kbop_core.init.random import random_init
 from kbop_core.text import WindowOrder
 
@@ -32,9 +32,9 @@ def init(space: Workspace) -> dict[str, Any]:
             random_init(layer, generator)
     else:
         batches = [batch.to(space.device) for batch in calibration_batches(space)]
-        blockwise = BlockEffort(steps) if steps else None
+        effort = InitEffort(blockwise=BlockEffort(steps) if steps else None)
         tell = space.journal.progress
-        errors = pretrained_init(student, space.teacher, space.plan, batches, None, space.gang, tell, blockwise)
+        errors = pretrained_init(student, space.teacher, space.plan, batches, effort, space.gang, tell)
     if left := [block for block, error in errors.items() if error is None]:
         space.journal.note(f"{len(left)} blocks keep their layer-wise fit, first {left[0]}: not all layers run")
     space.folder("init")

@@ -6,15 +6,15 @@ repairs what came before it:
 
     minimise  Σ ‖f_b(x) − t‖² / Σ ‖t − t₀‖²        x student's input, t teacher's output, t₀ teacher's input
 
-Signs move by KBOP, scales and norms by AdamW, both with the end-to-end stage's defaults. No head, no logits, no gradient
-beyond the block. Ranks read their own windows and sum their gradients.
+Signs move by KBOP, scales and norms by AdamW. No head, no logits, no gradient beyond the block. Ranks read their own
+windows and sum their gradients.
 
 What it is worth: `make bench-quality`, row `quick` beside `bnn_init` (docs/quality.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,15 +50,25 @@ class BlockEffort:
     warmup: float = 0.05
     clip: float = 1.0
 
+    @property
+    def warmup_steps(self) -> int:
+        """Steps in which all rates rise."""
+        return max(1, round(self.warmup * self.steps))
+
+    @property
+    def flips(self) -> FlipSchedule:
+        """The share of flips over the steps."""
+        return FlipSchedule(self.flip_rate, self.steps, self.warmup_steps)
+
 
 def reconstruct_block(
     block: nn.Module,
-    layers: dict[str, BinaryLayer],
+    layers: Mapping[str, BinaryLayer],
     teacher_block: nn.Module,
     calls: Sequence[tuple[BlockCall, BlockCall]],
     effort: BlockEffort,
-    gang: Gang | None = None,
-    progress: Callable[[int], None] = lambda steps: None,
+    gang: Gang,
+    progress: Callable[[int], None],
 ) -> float | None:
     """Train one block, in place.
 
@@ -75,14 +85,18 @@ def reconstruct_block(
         The relative squared error of the last pass over the batches, unit 1; None when the text does not reach every
         layer exactly once per call (experts): such a block is left as it is.
     """
-    gang = gang or Gang()
     if not _reached(block, layers, calls, gang):
         return None
     dtypes = {name: p.dtype for name, p in block.named_parameters()}
     targets, level = _targets(teacher_block, calls, gang)
+    inputs = [_cast(ours) for ours, _ in calls]
+
+    def error(place: int) -> Tensor:
+        return (_output(block, inputs[place]) - targets[place]).square().mean() / level
+
     block.float()
     try:
-        return _train(block, layers, [c[0] for c in calls], targets, level, effort, gang, progress)
+        return _train(block, KBOP(layers, effort.flips, gang=gang), error, len(calls), effort, progress)
     finally:
         for layer in layers.values():
             layer.gradient_sink = None
@@ -91,42 +105,34 @@ def reconstruct_block(
             parameter.grad = None
 
 
+@torch.enable_grad()
 def _train(
     block: nn.Module,
-    layers: dict[str, BinaryLayer],
-    inputs: Sequence[BlockCall],
-    targets: Sequence[Tensor],
-    level: float,
+    kbop: KBOP,
+    error: Callable[[int], Tensor],
+    batches: int,
     effort: BlockEffort,
-    gang: Gang,
     progress: Callable[[int], None],
 ) -> float:
-    warmup = max(1, round(effort.warmup * effort.steps))
-    kbop = KBOP(layers, FlipSchedule(effort.flip_rate, effort.steps, warmup), gang=gang)
-    scales = [p for n, p in block.named_parameters() if n.endswith("weight_scale")]
-    others = [p for n, p in block.named_parameters() if not n.endswith("weight_scale")]
-    rates = [effort.scale_lr, effort.other_lr]
-    optimizer = torch.optim.AdamW([{"params": scales}, {"params": others}], betas=(0.9, 0.95), weight_decay=0.0)
+    """Minimise error(place) over the batches in a new random order each time; the mean of the last pass."""
+    parameters = list(block.requires_grad_(True).named_parameters())
+    kinds = [[p for n, p in parameters if n.endswith("weight_scale") == scale] for scale in (True, False)]
+    optimizer = torch.optim.AdamW([{"params": k} for k in kinds], betas=(0.9, 0.95), weight_decay=0.0)
     generator, order, errors = torch.Generator().manual_seed(0), list[int](), list[float]()
-    with torch.enable_grad():
-        for parameter in (*scales, *others):
-            parameter.requires_grad_(True)
-        for step in range(effort.steps):
-            if not order:
-                order = torch.randperm(len(inputs), generator=generator).tolist()
-                errors = []
-            place = order.pop()
-            loss = (_output(block, _cast(inputs[place])) - targets[place]).square().mean() / level
-            errors.append(float(loss.detach()))
-            loss.backward()
-            _average([p.grad for p in (*scales, *others) if p.grad is not None], gang)
-            nn.utils.clip_grad_norm_([*scales, *others], effort.clip)
-            kbop.step()
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * warmup_cosine(step, effort.steps, warmup)
-            optimizer.step()
-            optimizer.zero_grad()
-            progress(step + 1)
+    for step in range(effort.steps):
+        if not order:
+            order, errors = torch.randperm(batches, generator=generator).tolist(), []
+        loss = error(order.pop())
+        errors.append(float(loss.detach()))
+        loss.backward()
+        _average([p.grad for _, p in parameters if p.grad is not None], kbop.gang)
+        nn.utils.clip_grad_norm_([p for _, p in parameters], effort.clip)
+        kbop.step()
+        for group, rate in zip(optimizer.param_groups, (effort.scale_lr, effort.other_lr), strict=True):
+            group["lr"] = rate * warmup_cosine(step, effort.steps, effort.warmup_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        progress(step + 1)
     return sum(errors) / len(errors)
 
 
@@ -145,7 +151,7 @@ def _targets(
 
 
 def _reached(
-    block: nn.Module, layers: dict[str, BinaryLayer], calls: Sequence[tuple[BlockCall, BlockCall]], gang: Gang
+    block: nn.Module, layers: Mapping[str, BinaryLayer], calls: Sequence[tuple[BlockCall, BlockCall]], gang: Gang
 ) -> bool:
     """Whether every call of the block, on every rank, uses each layer exactly once."""
     uses = dict.fromkeys(layers, 0)

@@ -5,7 +5,7 @@ they run, so that each is calibrated on activations of the already binary prefix
 reads on the same text: later layers make up for earlier errors. Layers that read one tensor (q, k, v; gate, up) share
 H and C.
 
-With a `BlockEffort` each block, once its layers are fitted, learns as a whole what the teacher's gives (blockwise.py)
+If asked, each block, once its layers are fitted, learns as a whole what the teacher's gives (blockwise.py)
 before the next one begins.
 
 Ranks share the work: each measures H on its own windows, one all-reduce adds them, each fits its own rows.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -32,6 +33,19 @@ Progress = Callable[[int, int], None]
 LayerFit = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
+@dataclass(frozen=True)
+class InitEffort:
+    """How hard to try.
+
+    Attributes:
+        fit: how long to fit each layer, or another fit (a baseline's) to use instead.
+        blockwise: how long to reconstruct each block after the fit of its layers; None: not at all.
+    """
+
+    fit: FitEffort | LayerFit = field(default_factory=FitEffort)
+    blockwise: BlockEffort | None = None
+
+
 class _Reached(Exception):
     """Ends a forward pass at the block whose inputs were wanted."""
 
@@ -42,10 +56,9 @@ def pretrained_init(
     teacher: nn.Module,
     plan: ConversionPlan,
     batches: Sequence[Tensor],
-    effort: FitEffort | LayerFit | None = None,
+    effort: InitEffort | None = None,
     gang: Gang | None = None,
     progress: Progress = lambda done, total: None,
-    blockwise: BlockEffort | None = None,
 ) -> dict[str, float | None]:
     """Replace every layer of the plan by a fitted binary one, in place.
 
@@ -54,21 +67,21 @@ def pretrained_init(
         teacher: another copy of it, not changed.
         plan: from plan_conversion(model).
         batches: this rank's calibration windows, int64 (B, T) each; at least one.
-        effort: how long to fit each layer, or another fit (a baseline's) to use instead.
+        effort: how long to fit layers and blocks.
         gang: the ranks; all must call, with equal weights.
         progress: told after each layer and each step.
-        blockwise: how long each block is reconstructed after the fit of its layers; None: not at all.
 
     Returns:
         Block → its relative squared error after reconstruction, None where it was left as fitted (see
-        `reconstruct_block`); empty without `blockwise`.
+        `reconstruct_block`); empty when blocks are not reconstructed.
 
     Raises:
         ValueError: a rank without a calibration window; it would group the layers differently from the others.
     """
     if not batches:
         raise ValueError("a rank has no calibration window; give each rank at least one")
-    gang, effort, done = gang or Gang(), effort or FitEffort(), 0
+    gang, effort, done = gang or Gang(), effort or InitEffort(), 0
+    blockwise = effort.blockwise
     blocks = {block: {e.name: e for e in plan.binary if e.name.startswith(block + ".")} for block in plan.blocks}
     blocks = {block: entries for block, entries in blocks.items() if entries}
     total = len(plan.binary) + (blockwise.steps * len(blocks) if blockwise else 0)
@@ -78,7 +91,7 @@ def pretrained_init(
         for stage in _stages(model, block, entries, calls[0][0]):
             moments = _input_moments(model, teacher, block, stage[0], calls, gang)
             for entry in stage:
-                _fit_entry(model, entry, plan.group_size, moments, effort, gang)
+                _fit_entry(model, entry, plan.group_size, moments, effort.fit, gang)
                 done += 1
                 progress(done, total)
         if blockwise:
@@ -175,15 +188,15 @@ def _fit_entry(
     entry: BinaryEntry,
     group_size: int,
     moments: tuple[Tensor, Tensor],
-    effort: FitEffort | LayerFit,
+    fit: FitEffort | LayerFit,
     gang: Gang,
 ) -> None:
     weight_OI = linear_weight(model.get_submodule(entry.name)).detach().float()
     mine = gang.rows(entry.out_features)
-    if callable(effort):
-        signs, scales = effort(weight_OI[mine], moments[0], entry.groups)
+    if callable(fit):
+        signs, scales = fit(weight_OI[mine], moments[0], entry.groups)
     else:
-        signs, scales = fit_layer(weight_OI[mine], moments[0], entry.groups, effort, moments[1])
+        signs, scales = fit_layer(weight_OI[mine], moments[0], entry.groups, fit, moments[1])
     layer = to_binary(model, entry, group_size, trainable=True)
     whole_signs, whole_scales = gang.gather_rows([signs, scales], [entry.out_features] * 2)
     layer.set_signs(whole_signs)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from kbop_core.convert import binary_layers, convert_plain, plan_conversion
 from kbop_core.init.fit import FitEffort
-from kbop_core.init.pretrained import pretrained_init
+from kbop_core.init.pretrained import InitEffort, pretrained_init
 from kbop_core.init.random import random_init
 from kbop_core.layers import BinaryLinear
 
@@ -63,7 +63,7 @@ def test_how_calibration_windows_are_batched_does_not_matter(tiny_model: MakeMod
 
 def test_no_hook_is_left_on_the_model(tiny_model: MakeModel, token_ids: Tensor) -> None:
     model, teacher = tiny_model("gpt2"), tiny_model("gpt2")
-    pretrained_init(model, teacher, plan_conversion(model, 4), [token_ids], FitEffort(rounds=1, sweeps=1))
+    pretrained_init(model, teacher, plan_conversion(model, 4), [token_ids], InitEffort(FitEffort(rounds=1, sweeps=1)))
     for modules in (model.named_modules(), teacher.named_modules()):
         assert [n for n, m in modules if m._forward_pre_hooks or m._forward_hooks] == []
 
