@@ -114,7 +114,7 @@ def _train(
     effort: BlockEffort,
     progress: Callable[[int], None],
 ) -> float:
-    """Minimise error(place) over the batches in a new random order each time; the mean of the last pass."""
+    """Minimise error(place) over the batches in a new random order each time; the mean of the last pass of all ranks."""
     parameters = list(block.requires_grad_(True).named_parameters())
     kinds = [[p for n, p in parameters if n.endswith("weight_scale") == scale] for scale in (True, False)]
     optimizer = torch.optim.AdamW([{"params": k} for k in kinds], betas=(0.9, 0.95), weight_decay=0.0)
@@ -133,7 +133,8 @@ def _train(
         optimizer.step()
         optimizer.zero_grad()
         progress(step + 1)
-    return sum(errors) / len(errors)
+    mean = torch.tensor([sum(errors) / len(errors)], device=parameters[0][1].device)
+    return float(kbop.gang.sum(mean)) / kbop.gang.size
 
 
 def _targets(

@@ -12,7 +12,8 @@ from torch import Tensor
 from kbop_core.convert import binary_layers, plan_conversion
 from kbop_core.errors import KbopError
 from kbop_core.evidence import EvidenceKind
-from kbop_core.init.pretrained import pretrained_init
+from kbop_core.init.blockwise import BlockEffort
+from kbop_core.init.pretrained import InitEffort, pretrained_init
 from kbop_core.kbop import KBOP
 from kbop_core.layers import BinaryLinear
 from kbop_core.perplexity import evaluate
@@ -166,6 +167,20 @@ def init(gang: Gang, folder: Path) -> dict[str, Any]:
     }
 
 
+def blockwise(gang: Gang, folder: Path) -> dict[str, Any]:
+    """Each rank reconstructs on windows of its own; one rank reads what two read, in one batch."""
+    model, teacher, windows = make_llama(0), make_llama(0), make_windows(4, 16)
+    effort = InitEffort(blockwise=BlockEffort(6))
+    mine = windows[gang.rank :: gang.size]
+    errors = pretrained_init(model, teacher, plan_conversion(model, 4), [mine], effort, gang)
+    layers = binary_layers(model)
+    return {
+        "errors": errors,
+        "bits": {name: layer.weight for name, layer in layers.items()},
+        "parameters": {name: p.detach() for name, p in model.named_parameters()},
+    }
+
+
 SCENARIOS = {
     f.__name__: f
     for f in (
@@ -178,5 +193,6 @@ SCENARIOS = {
         missing_gradient,
         quality,
         init,
+        blockwise,
     )
 }

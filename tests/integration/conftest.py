@@ -207,7 +207,12 @@ class Tiny:
             "model": str(self.model),
             "data": [{"source": str(self.train)}],
             "eval": [{"source": str(self.stories)}, {"source": str(self.page)}],
-            "method": {"tokens": 40 * 8 * CONTEXT, "batch_tokens": 8 * CONTEXT, "calibration_tokens": 64 * CONTEXT},
+            "method": {
+                "tokens": 40 * 8 * CONTEXT,
+                "batch_tokens": 8 * CONTEXT,
+                "calibration_tokens": 64 * CONTEXT,
+                "blockwise_steps": 10,
+            },
             "group_size": GROUP,
             "checkpoint_every": 5,
             "resources": {"gpus": 2, "max_micro_batch": 4},
@@ -217,7 +222,7 @@ class Tiny:
         if changes["method"].get("effort") == "quick":  # what only training reads is refused there
             changes["method"] = {k: v for k, v in changes["method"].items() if k not in ("tokens", "batch_tokens")}
         if changes.get("init") == "random":
-            del changes["method"]["calibration_tokens"]
+            del changes["method"]["calibration_tokens"], changes["method"]["blockwise_steps"]
         return spec | changes
 
 

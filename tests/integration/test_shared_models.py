@@ -42,7 +42,7 @@ def report(serve, shared_data, tmp_path_factory):
             "model": str(shared_data / MODEL),
             "data": [{"source": str(shared_data / "text/tinystories/tinystories_1000_normalised.txt")}],
             "eval": [{"source": str(folder / "stories.jsonl")}, {"source": str(folder / "wiki.txt")}],
-            "method": {"tokens": 60_000, "context": 256, "calibration_tokens": 16_384},
+            "method": {"tokens": 60_000, "context": 256, "calibration_tokens": 16_384, "blockwise_steps": 50},
             "resources": {"gpus": 2},
         }
     )
