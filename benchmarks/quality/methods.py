@@ -1,7 +1,7 @@
 """Owns what competes: each method is a function from a task and a configuration to a `Student`. Trains nothing.
 
 Calibrated (nothing end to end): `plain`, `gptq`, `arb`, `bnn_init`, `quick` (BNN Init, then block-wise). Trained, all
-from the same text in the same order: latent weights with STE (`ste`, `ste_bnn_init`, `onebit`, `binarymos`); from
+from the same text in the same order: latent weights with STE (`ste`, `ste_quick`, `onebit`, `binarymos`); from
 `quick`'s signs, other latent-free rules (`bop`, `bold`, `fire_spend`, `paper`), ours (`scales_only`, `kbop`) and
 `ablation`: one knob of our rule changed (ablation.py).
 """
@@ -85,15 +85,21 @@ def ste(task: Task, config: RunConfig) -> Student:
     return _student(model, LATENT_STATE_BYTES, convert_latent(model, task.plan))
 
 
-def ste_bnn_init(task: Task, config: RunConfig) -> Student:
-    """The same from our BNN Init: its signs on the magnitudes of the pretrained weights, its scales."""
-    student = ste(task, config)
-    for name, started in binary_layers(task.started(config.seed, None)).items():
-        layer = student.model.get_submodule(name)
-        assert isinstance(layer, LatentLinear)
-        with torch.no_grad():
-            layer.latent.copy_(started.signs() * linear_weight(task.teacher.get_submodule(name)).abs())
-            layer.scale.copy_(started.weight_scale)
+def ste_quick(task: Task, config: RunConfig) -> Student:
+    """The same from where ours starts: `quick`, its signs on the magnitudes of the pretrained weights."""
+    student, started = ste(task, config), task.started(config.seed, BlockEffort())
+    layers = binary_layers(started)
+    with torch.no_grad():
+        for name, ours in layers.items():
+            layer = student.model.get_submodule(name)
+            assert isinstance(layer, LatentLinear)
+            layer.latent.copy_(ours.signs() * linear_weight(task.teacher.get_submodule(name)).abs())
+            layer.scale.copy_(ours.weight_scale)
+            if layer.bias is not None and ours.bias is not None:
+                layer.bias.copy_(ours.bias)
+        for name, parameter in started.named_parameters():
+            if name.rpartition(".")[0] not in layers:
+                student.model.get_parameter(name).copy_(parameter)
     return student
 
 
@@ -221,7 +227,7 @@ METHODS: dict[str, Method] = {
     "quick": partial(_calibrated, InitEffort(blockwise=BlockEffort())),
     "scales_only": scales_only,
     "ste": ste,
-    "ste_bnn_init": ste_bnn_init,
+    "ste_quick": ste_quick,
     "onebit": onebit,
     "binarymos": binarymos,
     "bop": partial(_with_rule, lambda c: Bop(adaptivity=0.02, threshold=c.lr)),

@@ -49,6 +49,15 @@ class Results:
         values = [r["test"] for _, r in self.seeds(task, method, tokens)]
         return math.exp(statistics.fmean(map(math.log, values))) if values else None
 
+    def kl(self, task: str, method: str, tokens: int) -> float | None:
+        """Mean over seeds of KL(teacher ‖ student) on the test half, nats per token."""
+        values = [r["kl"] for _, r in self.seeds(task, method, tokens)]
+        return statistics.fmean(values) if values else None
+
+    def start_seconds(self, task: str) -> float:
+        """What making the start of ours took: BNN Init and block-wise reconstruction; 0 when `quick` has not run."""
+        return next((r["preparation_seconds"] for _, r in self.seeds(task, "quick", 0)), 0.0)
+
     def teacher(self, task: str) -> float | None:
         """Test perplexity of the teacher, as the run of `plain` measured it."""
         return next((r["teacher"] for _, r in self.seeds(task, "plain", 0)), None)
@@ -179,6 +188,8 @@ def _gaps(results: Results) -> str:
                     "best latent peer": f"{peer} {results.perplexity(task, peer, tokens):.4g}",
                     "KBOP": ours,
                     "gap closed": gap,
+                    "KL, peer": results.kl(task, peer, tokens),
+                    "KL, KBOP": results.kl(task, "kbop", tokens),
                     "KBOP runs": len(results.seeds(task, "kbop", tokens)),
                 }
             )
@@ -203,7 +214,7 @@ def _speed(results: Results) -> Iterator[Row]:
                 "peer's tokens": theirs[-1][0],
                 "peer's seconds": theirs[-1][1],
                 "KBOP's tokens": reached[0] if reached else None,
-                "KBOP's seconds": reached[1] if reached else None,
+                "KBOP's seconds, start included": reached[1] + results.start_seconds(task) if reached else None,
             }
 
 

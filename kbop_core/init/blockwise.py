@@ -114,7 +114,7 @@ def _train(
     effort: BlockEffort,
     progress: Callable[[int], None],
 ) -> float:
-    """Minimise error(place) over the batches in a new random order each time; the mean of the last pass of all ranks."""
+    """Minimise error(place), the batches in a new random order each time; the last pass's mean, over all ranks."""
     parameters = list(block.requires_grad_(True).named_parameters())
     kinds = [[p for n, p in parameters if n.endswith("weight_scale") == scale] for scale in (True, False)]
     optimizer = torch.optim.AdamW([{"params": k} for k in kinds], betas=(0.9, 0.95), weight_decay=0.0)
