@@ -27,11 +27,12 @@ server=$!
 trap 'kill $server 2>/dev/null; wait $server 2>/dev/null || true' EXIT
 for _ in $(seq 150); do
   export KBOP_ENDPOINT; KBOP_ENDPOINT=$(grep -om1 'http://[0-9.:]*' "$log" || true)
-  [ -n "$KBOP_ENDPOINT" ] && break
+  # The address is logged a moment before connections are taken.
+  [ -n "$KBOP_ENDPOINT" ] && (exec 3<>"/dev/tcp/127.0.0.1/${KBOP_ENDPOINT##*:}") 2>/dev/null && up=1 && break
   kill -0 $server 2>/dev/null || { cat "$log"; exit 1; }
   sleep 0.2
 done
-[ -n "$KBOP_ENDPOINT" ] || { echo "the server did not start in 30 s; its log is $log"; exit 1; }
+[ -n "${up-}" ] || { echo "the server did not start in 30 s; its log is $log"; exit 1; }
 
 echo "== server on $KBOP_ENDPOINT; submitting $MODEL with $DATA, $TOKENS training tokens, $ranks rank(s)"
 job=$("$KBOP/kbop" submit --model "$MODEL" --data "$DATA" --tokens "$TOKENS" --gpus "$ranks" --name demo --json |

@@ -43,7 +43,7 @@ from kbop_core.hf import source_dtype
 
 #: Points of the curves in a report.
 CURVE_POINTS = 400
-_KINDS = {"teacher": "teacher", "plain": "plain sign × mean", "init": "BNN Init", "kbop": "KBOP"}
+_KINDS = {"teacher": "teacher", "plain": "plain sign × mean", "init": "start, before training", "kbop": "KBOP"}
 _PACKAGES = ("kbop", "torch", "deepspeed", "transformers")
 
 

@@ -3,7 +3,7 @@
 work/
   stages/<stage>.json            done markers, written last
   tokens/train.safetensors, eval-<i>.safetensors
-  init/student.safetensors       after BNN Init
+  init/student.safetensors       after BNN Init and block-wise reconstruction
   train/checkpoints/, metrics.jsonl, student.safetensors
   packed/                        the checkpoint that is published
   report/report.json, report.html
@@ -109,7 +109,7 @@ class Workspace:
 
     @property
     def steps(self) -> int:
-        """Training steps; 0 when BNN Init is all that was asked."""
+        """Training steps; 0 when nothing end to end was asked."""
         return -(-self.spec.train_tokens // self.layout.tokens)
 
     @property
@@ -119,7 +119,7 @@ class Workspace:
 
     @property
     def init_student(self) -> Path:
-        """The student after BNN Init."""
+        """The student before training."""
         return self.work / "init" / "student.safetensors"
 
     @property

@@ -233,7 +233,7 @@ def perplexity_table(report: Json) -> Table:
         "tokens",
         "teacher",
         "plain sign × mean",
-        "BNN Init",
+        "start",
         "KBOP",
         "KL to teacher",
         "same top-1",

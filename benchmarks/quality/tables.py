@@ -89,6 +89,7 @@ def write() -> None:
         "methods": _markdown(rows),
         "speed": _markdown(list(_speed(results))),
         "ablations": _ablations(results),
+        "scratch": _markdown(list(_scratch(results))),
     }
     for task in SOURCES:
         curves = {m: r["curve"] for m in ("kbop", *suites.PEERS) for r in _longest(results, task, m)}
@@ -244,6 +245,20 @@ def _ablations(results: Results) -> str:
             tables.setdefault(table, []).append(row)
     parts = [f"{task}, {default.tokens:,} tokens, seed 0; default: {base['validation']:.4g} validation perplexity."]
     return "\n\n".join(parts + [f"**{table}**\n\n{_markdown(rows)}" for table, rows in tables.items()])
+
+
+def _scratch(results: Results) -> Iterator[Row]:
+    """Runs from random signs: how large signals are on their way through the blocks at the start, and convergence."""
+    _, default = _ablation_home(results)
+    names = {"random": "random signs, BNN Init", "random_unit": "random signs, scales 1", "bnn": "pretrained, BNN Init"}
+    for start, name in names.items():
+        found = results.done.get(store.key(replace(default, options={"init": start})))
+        if found and "diverged" not in found:
+            points = [found["curve"][i] for i in (0, len(found["curve"]) // 2 - 1, -1)]
+            sizes = " → ".join(f"{s:.3g}" for s in found["hidden_sizes"])
+            yield {"start": name, "root mean square of hidden states before each block": sizes} | {
+                f"validation at {tokens:,} tokens": perplexity for tokens, _, perplexity in points
+            }
 
 
 def _flat(row: Row) -> Row:

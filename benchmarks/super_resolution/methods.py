@@ -29,7 +29,7 @@ class Method:
 
 
 LATENT_RATES = (3e-3, 1e-2, 3e-2)
-FLIP_RATES = (1e-3, 2e-3, 4e-3)
+FLIP_RATES = (2e-3, 4e-3, 1e-2)
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "full": Method("full precision", Body("real", "torch"), (2e-3, 4e-3, 8e-3)),

@@ -20,7 +20,7 @@ from benchmarks.super_resolution.training import HELD_OUT, Recipe, RunConfig, Ru
 from jobs.json_files import read_json, write_json
 
 #: Part of every hash: raise it when images, network or training change what a configuration means.
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 class Watcher(Protocol):

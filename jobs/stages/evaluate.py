@@ -1,4 +1,4 @@
-"""Stage `evaluate`: the packed file as loaded from disk, beside its teacher, plain binarization and BNN Init. Writes
+"""Stage `evaluate`: the packed file as loaded from disk, beside its teacher, plain binarization and its start. Writes
 the report.
 """
 

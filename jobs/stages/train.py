@@ -24,13 +24,13 @@ STEP_TIMEOUT_S = 600.0
 
 
 def train(space: Workspace) -> dict[str, Any]:
-    """Train from the newest checkpoint, or from BNN Init.
+    """Train from the newest checkpoint, or from the start that stage `init` made.
 
     Raises:
         StopAsked: SIGTERM arrived on some rank; the state is saved.
     """
     if not space.steps:
-        space.journal.note("no training tokens were asked for: the result of BNN Init is packed")
+        space.journal.note("no end-to-end tokens were asked for: the start is packed as it is")
         return {"steps": 0, "tokens": 0}
     if space.layout.tokens != space.spec.method.batch_tokens:
         asked = space.spec.method.batch_tokens
