@@ -76,6 +76,12 @@ def _calibrated(effort: InitEffort, task: Task, config: RunConfig) -> Student:
     return _student(model, 0.0, binary_layers(model))
 
 
+def quick(task: Task, config: RunConfig) -> Student:
+    """BNN Init, then blocks reconstructed for `steps` steps each."""
+    steps = config.options.get("steps", BlockEffort().steps)
+    return _calibrated(InitEffort(blockwise=BlockEffort(steps)), task, config)
+
+
 # -- latent weights -----------------------------------------------------------------------------------------------
 
 
@@ -224,7 +230,7 @@ METHODS: dict[str, Method] = {
     "gptq": partial(_calibrated, InitEffort(gptq_layer)),
     "arb": partial(_calibrated, InitEffort(arb_layer)),
     "bnn_init": partial(_calibrated, InitEffort()),
-    "quick": partial(_calibrated, InitEffort(blockwise=BlockEffort())),
+    "quick": quick,
     "scales_only": scales_only,
     "ste": ste,
     "ste_quick": ste_quick,

@@ -94,6 +94,10 @@ def ablations(task: str, tokens: int = SHORT) -> Iterator[tuple[str, str, RunCon
         yield "init × rule", f"{start}, ours", replace(base, options={"init": start})
         yield "init × rule", f"{start}, scales only", replace(base, method="scales_only", options={"init": start})
     yield "init × rule", "blockwise, scales only", replace(base, method="scales_only", lr=0.0)
+    for steps in (100, 1600):
+        fitted = RunConfig(task, "quick", options={"steps": steps})
+        yield "block-wise reconstruction, nothing end to end", f"{steps:,} steps", fitted
+    yield "block-wise reconstruction, nothing end to end", "400 steps, the default", RunConfig(task, "quick")
     paid = replace(base, tokens=tokens - BLOCKWISE_TOKENS)
     yield "init × rule", f"blockwise, ours, its {BLOCKWISE_TOKENS:,} tokens taken from the budget", paid
 
