@@ -1,11 +1,13 @@
 """`make bench-quality`: runs what the chosen suite still lacks, then writes tables, plots and the claims.
 
-    python -m benchmarks.quality                      the short CPU subset: every method, 0.8 M tokens, all tasks here
+    python -m benchmarks.quality                      the short CPU subset: every method, 0.8 M tokens, all small tasks
+                                                      here and, on a GPU, the large ones (their teachers are made first)
     python -m benchmarks.quality medium seeds …       longer budgets and more seeds of the winners
     python -m benchmarks.quality ablations
     python -m benchmarks.quality tables               nothing is run: docs/quality.md from what there is
 
-Stopped at any time, it goes on where it was. Each run is one thread in one process; `--workers` run side by side.
+Stopped at any time, it goes on where it was. Each run of a small task is one thread in one process; `--workers`
+run side by side. Large tasks run on a CPU too, by name: `--tasks wikitext-10m`.
 """
 
 from __future__ import annotations
@@ -49,9 +51,9 @@ def _wanted(suite: str, tasks: list[str], methods: list[str], stage: int) -> Ite
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.quality")
     parser.add_argument("suites", nargs="*", default=["short"], help=f"of {', '.join(SUITES)}")
-    parser.add_argument("--tasks", nargs="*", default=[], help="default: all whose files are here")
+    parser.add_argument("--tasks", nargs="*", default=[], help="default: all here; the large ones only on a GPU")
     parser.add_argument("--methods", nargs="*", default=[], help="default: all of the suite")
-    parser.add_argument("--workers", type=int, default=2, help="processes side by side")
+    parser.add_argument("--workers", type=int, default=2, help="processes side by side, small tasks")
     options = parser.parse_args()
     unknown = [s for s in options.suites if s not in SUITES]
     if unknown:

@@ -1,4 +1,8 @@
-"""Owns the running of many configurations side by side. Refuses to know which (suites.py)."""
+"""Owns the running of many configurations side by side. Refuses to know which (suites.py).
+
+Runs of small tasks share the processor, one thread each. Runs of large ones follow, one at a time: each has the GPU, or
+without one all threads, to itself, and the first trains the teacher that the others find.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +16,29 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.quality import store
+from benchmarks.quality.tasks import SOURCES
 from benchmarks.quality.training import RunConfig
 from jobs.process import die_with_parent
 
 
 def run_all(configs: Iterable[RunConfig], workers: int) -> None:
-    """Run and store those of the configurations that have no result yet, in this order, one thread each."""
-    console, done = Console(), store.finished()
+    """Run and store those of the configurations that have no result yet, in this order, large tasks last.
+
+    Args:
+        configs: all wanted; equal ones run once.
+        workers: processes side by side for small tasks, ≥ 1.
+    """
+    done = store.finished()
     todo = list({store.key(c): c for c in configs if store.key(c) not in done}.values())
+    large = [config for config in todo if SOURCES[config.task].recipe]
+    _run_in_pool([config for config in todo if config not in large], workers)
+    _run_in_pool(large, 1)
+
+
+def _run_in_pool(todo: list[RunConfig], workers: int) -> None:
     if not todo:
         return
-    began = time.monotonic()
+    console, began = Console(), time.monotonic()
     with ProcessPoolExecutor(workers, get_context("spawn"), die_with_parent, (os.getpid(),)) as pool:
         waiting = {pool.submit(_run_one, config): config for config in todo}
         try:
@@ -52,7 +68,8 @@ def _run_one(config: RunConfig) -> dict[str, Any]:
     from benchmarks.quality.training import Diverged, hidden_sizes, run
     from kbop_core.errors import NonFiniteGradient
 
-    torch.set_num_threads(1)
+    if not SOURCES[config.task].recipe:
+        torch.set_num_threads(1)
     torch.manual_seed(config.seed)
     where = task(config.task, config.group)
     began = time.perf_counter()

@@ -109,6 +109,8 @@ def run(task: Task, config: RunConfig, student: Student) -> dict[str, Any]:
         for step in range(config.steps):
             trainer.step(step)
             if step + 1 in marks:
+                if task.device.type == "cuda":
+                    torch.cuda.synchronize()
                 clock += time.perf_counter() - began
                 value = _quality(student.model, task, "validation").perplexity
                 curve.append([(step + 1) * config.batch_tokens, round(clock, 1), value])
