@@ -18,7 +18,7 @@ from kbop_core.init.pretrained import InitEffort, pretrained_init
 from kbop_core.init.random import random_init
 from kbop_core.text import WindowOrder
 
-#: Windows in one calibration batch.
+#: Windows in one calibration batch of all ranks: what one step of block-wise reconstruction reads.
 BATCH = 8
 
 
@@ -49,4 +49,4 @@ def calibration_batches(space: Workspace) -> list[torch.Tensor]:
     wanted = -(-space.spec.method.calibration_tokens // ids.shape[1])
     order = WindowOrder(len(ids), space.spec.seed)
     rows = list(order.indices(0, max(min(wanted, len(ids)), space.gang.size)))
-    return list(ids[rows][space.gang.rank :: space.gang.size].split(BATCH))
+    return list(ids[rows][space.gang.rank :: space.gang.size].split(max(1, BATCH // space.gang.size)))

@@ -211,7 +211,7 @@ class Tiny:
                 "tokens": 40 * 8 * CONTEXT,
                 "batch_tokens": 8 * CONTEXT,
                 "calibration_tokens": 64 * CONTEXT,
-                "blockwise_steps": 10,
+                "blockwise_steps": 2,
             },
             "group_size": GROUP,
             "checkpoint_every": 5,

@@ -393,17 +393,3 @@ def test_state_is_bits_evidence_and_a_float_for_each_row_and_column(columns: int
     bits, moments = rows * -(-columns // 8), 4 * (rows + columns)
     evidence = 2 * rows * columns if kind == "bfloat16" else rows * (columns + 4 * -(-columns // 64))
     assert kbop.state_bytes() == 2 * (bits + evidence + moments)
-
-
-@every_kind
-def test_no_gradient_is_kept_between_steps(kind: EvidenceKind) -> None:
-    layer = make_layer(64, 64)
-    kbop = make_kbop({"a": layer}, evidence=kind)
-    give(layer, gradients(64, 64, 1)[0])
-    kbop.step()
-    shard = kbop.shards["a"]
-    held = [t for t in (*vars(shard).values(), *vars(shard.evidence).values()) if isinstance(t, Tensor)]
-    assert [t.dtype for t in held if t.numel() >= 64 * 64] == [{"bfloat16": torch.bfloat16, "int8": torch.int8}[kind]]
-    assert not shard.row_sketch.any()
-    assert not shard.column_sketch.any()
-    assert not kbop._pending

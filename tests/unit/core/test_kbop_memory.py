@@ -159,3 +159,15 @@ def test_micro_steps_are_measured_as_one_gradient_and_not_one_by_one(learner: Ca
     for moment in ("row", "column"):
         expected = getattr(whole.kbop.shards["a"], moment)
         assert torch.equal(getattr(parts.kbop.shards["a"], moment), expected)
+
+
+@every_kind
+def test_no_gradient_is_kept_between_steps(learner: Callable, kind: EvidenceKind) -> None:
+    subject = learner(64, 64, NO_FLIPS, evidence=kind)
+    subject.step(noise(64, 64, 1)[0])
+    shard = subject.kbop.shards["a"]
+    held = [t for t in (*vars(shard).values(), *vars(shard.evidence).values()) if isinstance(t, Tensor)]
+    assert [t.dtype for t in held if t.numel() >= 64 * 64] == [{"bfloat16": torch.bfloat16, "int8": torch.int8}[kind]]
+    assert not shard.row_sketch.any()
+    assert not shard.column_sketch.any()
+    assert not subject.kbop._pending
