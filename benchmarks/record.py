@@ -77,8 +77,8 @@ def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def commit() -> str:
-    """Short hash of what is checked out; "unknown" without git."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    """Short hash of what is checked out, "-dirty" where files differ from it; "unknown" without git."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
 

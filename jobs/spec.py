@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Effort = Literal["quick", "standard", "max"]
 Share = Annotated[float, Field(ge=0.0, le=0.5)]
@@ -100,6 +100,12 @@ class MethodSpec(Strict):
         description="Steps in which each decoder block learns its teacher block's output before training goes end to "
         "end; 0: none; default: the effort level's own number (400).",
     )
+
+    @field_validator("flip_rate", mode="before")
+    @classmethod
+    def _flip_rate_of_older_specs(cls, value: object) -> object:
+        """Specs stored before flip_rate had a number of its own hold null."""
+        return cls.model_fields["flip_rate"].default if value is None else value
 
     def changed(self, fields: Sequence[str]) -> list[str]:
         """Those of `fields` that differ from their defaults."""

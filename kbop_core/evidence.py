@@ -40,8 +40,8 @@ class Evidence(Protocol):
         """S ← factor · S; exact for powers of two while nothing underflows, and for 0."""
         ...
 
-    def scale(self, places: Tensor, factor: float) -> None:
-        """S ← factor · S at flat places, int64, each once."""
+    def multiply_at(self, places: Tensor, factor: float) -> None:
+        """S ← factor · S at flat places, int64, each once; |factor| ≤ 1. int8 rounds: codes of 1 and 2 stay whole."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
@@ -75,7 +75,7 @@ class _BrainFloat:
     def multiply(self, factor: float) -> None:
         self.stored.mul_(factor)
 
-    def scale(self, places: Tensor, factor: float) -> None:
+    def multiply_at(self, places: Tensor, factor: float) -> None:
         self.stored.view(-1)[places] *= factor
 
     def tensors(self) -> dict[str, Tensor]:
@@ -107,7 +107,7 @@ class _BlockInt8:
     def multiply(self, factor: float) -> None:
         self.scales.mul_(factor)
 
-    def scale(self, places: Tensor, factor: float) -> None:
+    def multiply_at(self, places: Tensor, factor: float) -> None:
         codes = self.codes.view(-1)
         codes[places] = (codes[places] * factor).round().to(torch.int8)
 

@@ -20,7 +20,7 @@ small layers and small rates flip too. Ties at the threshold do not flip; eviden
 
 Why −κ m: mirrored, the evidence still speaks for a flip, a little less. Unless the next gradients confirm the new sign,
 they soon take the flip back, as with a latent weight that has just crossed zero; from 0 that takes as long as the
-average is. Flips become cheap trials: larger shares pay, and the best one depends less on the model (docs/quality.md).
+average is. Flips become cheap trials, and shares several times larger pay (docs/quality.md).
 
 Why p = ¾: the second-order change of a flip, −2 s g + 2 h, is negative where s g > h, so a weight of large curvature h
 needs more evidence. √(r c) is the size of the noise, r c estimates the curvature; the exponent between them is best
@@ -390,7 +390,7 @@ def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _flip(shard: _Shard, places: Tensor) -> None:
     """Flip the signs at flat places of the shard and mirror their evidence: what comes next may take a flip back."""
-    shard.evidence.scale(places, -MIRROR)
+    shard.evidence.multiply_at(places, -MIRROR)
     row, column = places // shard.layer.in_features, places % shard.layer.in_features
     width = shard.layer.weight.shape[1]
     change = torch.zeros(shard.bits.numel(), dtype=torch.uint8, device=places.device)

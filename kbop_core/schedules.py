@@ -13,7 +13,7 @@ from itertools import accumulate
 #: Largest β: beyond, what a gradient adds is less than half the last digit of a bfloat16 average of noise.
 MOST_MOMENTUM = 0.9999
 #: Peak share of a layer's weights flipped in a step: the flips' default learning rate. One number for all models and
-#: lengths; between 0.002 and 0.014 the best differs (docs/quality.md).
+#: lengths (docs/quality.md).
 FLIP_RATE = 0.004
 
 

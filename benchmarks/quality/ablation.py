@@ -29,7 +29,7 @@ class ShareRule:
         moment_decay: decay of the gradient's second moments.
         normalisation: what the evidence is divided by.
         power: p: m / v^p; ½ is the root mean square.
-        reset: the factor a flip puts on its evidence, −1 … 1: negative mirrors it, 0 forgets it.
+        kept_at_flip: the factor a flip puts on its evidence, −1 … 1: negative mirrors it, 0 forgets it.
         curvature: subtracted from the score, in units of its root mean square over the layer.
         significance: flip only where the evidence is this many standard deviations of its noise away from 0.
         shape: "cosine" (the product's), "linear" or "constant" share over time.
@@ -42,7 +42,7 @@ class ShareRule:
     moment_decay: float = 0.98
     normalisation: Normalisation = "factored"
     power: float = 0.75
-    reset: float = -MIRROR
+    kept_at_flip: float = -MIRROR
     curvature: float = 0.0
     significance: float = 0.0
     shape: Literal["cosine", "linear", "constant"] = "cosine"
@@ -71,7 +71,7 @@ class ShareRule:
         count = self._count(step, flat.numel())
         best = flat.topk(min(count + 1, flat.numel())).values
         mask = scores > flip_threshold(best, count) if count else torch.zeros_like(scores, dtype=torch.bool)
-        self.evidence = torch.where(mask, self.reset * self.evidence, self.evidence)
+        self.evidence = torch.where(mask, self.kept_at_flip * self.evidence, self.evidence)
         return mask
 
     def _momentum(self, step: int) -> float:

@@ -18,9 +18,11 @@ from benchmarks.quality.training import RunConfig
 from benchmarks.record import RESULTS, commit, machine
 
 PATH = RESULTS / "quality-runs.jsonl"
-#: Version of our own rule, and of the methods whose start is not ours; part of the keys of runs that use them.
+#: Version of our own rule, part of the keys of the runs that train with it. The starts that reconstruct blocks use the
+#: rule too: when it changes, tasks.INIT does as well.
 RULE = 3
 OURS = ("kbop", "ablation")
+#: Methods that start from nothing of ours; all others have tasks.INIT in their keys.
 INDEPENDENT = ("plain", "ste", "onebit", "binarymos")
 
 

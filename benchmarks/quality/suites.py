@@ -108,7 +108,7 @@ KNOBS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("momentum", "first", (5.0, 80.0)),
     ("normalisation", "normalisation", ("evidence", "row", "element", "none")),
     ("normalisation", "power", (0.5, 1.0)),
-    ("momentum at flips", "reset", (-0.95, -0.6, -0.3, 0.0, 0.3, 1.0)),
+    ("evidence at flips", "kept_at_flip", (-0.95, -0.6, -0.3, 0.0, 0.3, 1.0)),
     ("curvature penalty", "curvature", (0.1, 0.5)),
     ("significance gate", "significance", (3.0, 4.0)),
     ("schedule", "shape", ("linear", "constant")),

@@ -6,16 +6,18 @@ repairs what came before it:
 
     minimise  Σ ‖f_b(x) − t‖² / Σ ‖t − t₀‖²        x student's input, t teacher's output, t₀ teacher's input
 
-Signs move by KBOP, scales and norms by AdamW. No head, no logits, no gradient beyond the block. Ranks read their own
-windows and sum their gradients.
+Signs move by KBOP; scales, norms and biases by AdamW; matrices that stay real do not. No head, no logits, no gradient
+beyond the block. Ranks read their own windows and sum their gradients.
 
 What it is worth: `make bench-quality`, row `quick` beside `bnn_init` (docs/quality.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -50,6 +52,12 @@ class BlockEffort:
     warmup: float = 0.05
     clip: float = 1.0
 
+    def __post_init__(self) -> None:
+        legal = {"steps": (1, 10**6), "flip_rate": (0.0, 0.5), "warmup": (0.0, 1.0), "clip": (0.0, math.inf)}
+        for name, (least, most) in (legal | dict.fromkeys(("scale_lr", "other_lr"), (0.0, 1.0))).items():
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name} is {getattr(self, name)}; legal: {least} … {most}")
+
     @property
     def warmup_steps(self) -> int:
         """Steps in which all rates rise."""
@@ -82,27 +90,41 @@ def reconstruct_block(
         progress: told the steps done, after each.
 
     Returns:
-        The relative squared error of the last pass over the batches, unit 1; None when the text does not reach every
-        layer exactly once per call (experts): such a block is left as it is.
+        The block's relative squared error as it now is, over all ranks' batches, unit 1; one that did not get better is
+        put back. None when the text does not reach every layer exactly once per call (experts): it was not tried.
     """
     if not _reached(block, layers, calls, gang):
         return None
-    dtypes = {name: p.dtype for name, p in block.named_parameters()}
+    before = {name: tensor.clone() for name, tensor in _tensors(block)}
     targets, level = _targets(teacher_block, calls, gang)
-    inputs = [_cast(ours) for ours, _ in calls]
 
     def error(place: int) -> Tensor:
-        return (_output(block, inputs[place]) - targets[place]).square().mean() / level
+        return (_output(block, _cast(calls[place][0])) - targets[place]).square().mean() / level
 
     block.float()
+    started = _mean_error(error, len(calls), gang)
     try:
-        return _train(block, KBOP(layers, effort.flips, gang=gang), error, len(calls), effort, progress)
+        _train(block, KBOP(layers, effort.flips, gang=gang), error, len(calls), effort, progress)
     finally:
         for layer in layers.values():
             layer.gradient_sink = None
-        for name, parameter in block.named_parameters():
-            parameter.data = parameter.data.to(dtypes[name])
-            parameter.grad = None
+    for name, tensor in _tensors(block):
+        tensor.data = tensor.data.to(before[name].dtype).to(tensor.dtype)  # what the stored student will hold
+    ended = _mean_error(error, len(calls), gang)
+    for name, tensor in _tensors(block):
+        tensor.data = tensor.data.to(before[name].dtype) if ended < started else before[name]
+    return min(ended, started)
+
+
+def _tensors(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return chain(block.named_parameters(), block.named_buffers())
+
+
+@torch.no_grad()
+def _mean_error(error: Callable[[int], Tensor], batches: int, gang: Gang) -> float:
+    """Over all batches of all ranks."""
+    mean = torch.stack([error(place) for place in range(batches)]).mean()
+    return float(gang.sum(mean.reshape(1))) / gang.size
 
 
 @torch.enable_grad()
@@ -113,28 +135,29 @@ def _train(
     batches: int,
     effort: BlockEffort,
     progress: Callable[[int], None],
-) -> float:
-    """Minimise error(place), the batches in a new random order each time; the last pass's mean, over all ranks."""
-    parameters = list(block.requires_grad_(True).named_parameters())
-    kinds = [[p for n, p in parameters if n.endswith("weight_scale") == scale] for scale in (True, False)]
+) -> None:
+    """Minimise error(place), the batches in a new random order each time."""
+    small = [(n, p) for n, p in block.named_parameters() if p.dim() < 2 or n.endswith("weight_scale")]
+    kinds = [[p for n, p in small if n.endswith("weight_scale") == scale] for scale in (True, False)]
     optimizer = torch.optim.AdamW([{"params": k} for k in kinds], betas=(0.9, 0.95), weight_decay=0.0)
-    generator, order, errors = torch.Generator().manual_seed(0), list[int](), list[float]()
+    generator, order = torch.Generator().manual_seed(0), list[int]()
+    learning = {name: p.requires_grad for name, p in block.named_parameters()}
+    block.requires_grad_(False)
+    for _, parameter in small:
+        parameter.requires_grad_(True)
     for step in range(effort.steps):
-        if not order:
-            order, errors = torch.randperm(batches, generator=generator).tolist(), []
-        loss = error(order.pop())
-        errors.append(float(loss.detach()))
-        loss.backward()
-        _average([p.grad for _, p in parameters if p.grad is not None], kbop.gang)
-        nn.utils.clip_grad_norm_([p for _, p in parameters], effort.clip)
+        order = order or torch.randperm(batches, generator=generator).tolist()
+        error(order.pop()).backward()
+        _average([p for _, p in small], kbop.gang)
+        nn.utils.clip_grad_norm_([p for _, p in small], effort.clip)
         kbop.step()
         for group, rate in zip(optimizer.param_groups, (effort.scale_lr, effort.other_lr), strict=True):
             group["lr"] = rate * warmup_cosine(step, effort.steps, effort.warmup_steps)
         optimizer.step()
         optimizer.zero_grad()
         progress(step + 1)
-    mean = torch.tensor([sum(errors) / len(errors)], device=parameters[0][1].device)
-    return float(kbop.gang.sum(mean)) / kbop.gang.size
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_(learning[name])
 
 
 def _targets(
@@ -144,7 +167,7 @@ def _targets(
     targets, sums = [], torch.zeros(2, dtype=torch.float64)
     for _, (args, kwargs) in calls:
         target = _output(teacher_block, (args, kwargs)).detach().float()
-        added = target - args[0].float()
+        added = target - (args[0] if args else kwargs["hidden_states"]).float()
         sums += torch.tensor([float(added.square().sum()), float(added.numel())], dtype=torch.float64)
         targets.append(target)
     sums = gang.sum(sums.to(targets[0].device)).cpu()
@@ -188,16 +211,18 @@ def _cast(value: Any) -> Any:
     """The same arguments with every floating-point tensor in float32."""
     if isinstance(value, Tensor):
         return value.detach().float() if value.is_floating_point() else value
-    if isinstance(value, tuple):
-        return tuple(_cast(v) for v in value)
+    if isinstance(value, list | tuple):
+        return type(value)(_cast(v) for v in value)
     if isinstance(value, dict):
         return {k: _cast(v) for k, v in value.items()}
     return value
 
 
-def _average(gradients: Sequence[Tensor], gang: Gang) -> None:
+def _average(parameters: Sequence[nn.Parameter], gang: Gang) -> None:
+    """Mean gradients over ranks; a rank that has none for a parameter counts as zero."""
     if gang.size == 1:
         return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = gang.sum(torch.cat([g.reshape(-1) for g in gradients])) / gang.size
-    for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(piece.view_as(gradient))
+    for parameter, piece in zip(parameters, flat.split([g.numel() for g in gradients]), strict=True):
+        parameter.grad = piece.view_as(parameter)

@@ -97,10 +97,16 @@ def pretrained_init(
         if blockwise:
             layers = {name: layer for name, layer in binary_layers(model).items() if name in entries}
             ours, theirs = model.get_submodule(block), teacher.get_submodule(block)
-            tell = partial(lambda before, steps: progress(before + steps, total), done)
+            tell = partial(_tell, progress, done, total)
             errors[block] = reconstruct_block(ours, layers, theirs, calls, blockwise, gang, tell)
             done += blockwise.steps
+            if errors[block] is None:
+                progress(done, total)
     return errors
+
+
+def _tell(progress: Progress, before: int, total: int, steps: int) -> None:
+    progress(before + steps, total)
 
 
 def _block_call(model: nn.Module, block: str, batch: Tensor) -> BlockCall:

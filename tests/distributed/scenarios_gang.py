@@ -168,15 +168,21 @@ def init(gang: Gang, folder: Path) -> dict[str, Any]:
 
 
 def blockwise(gang: Gang, folder: Path) -> dict[str, Any]:
-    """Each rank reconstructs on windows of its own; one rank reads what two read, in one batch."""
-    model, teacher, windows = make_llama(0), make_llama(0), make_windows(4, 16)
-    effort = InitEffort(blockwise=BlockEffort(6))
-    mine = windows[gang.rank :: gang.size]
-    errors = pretrained_init(model, teacher, plan_conversion(model, 4), [mine], effort, gang)
-    layers = binary_layers(model)
+    """Each rank reconstructs on windows of its own; one rank reads what two read, in one batch, and half of it."""
+    windows = make_windows(4, 16)
+    halves = {"half": windows[::2]} if gang.size == 1 else {}
+    return {
+        name: _reconstructed(gang, ids) for name, ids in ({"all": windows[gang.rank :: gang.size]} | halves).items()
+    }
+
+
+def _reconstructed(gang: Gang, windows: Tensor) -> dict[str, Any]:
+    model, teacher = make_llama(0), make_llama(0)
+    effort = InitEffort(blockwise=BlockEffort(30))
+    errors = pretrained_init(model, teacher, plan_conversion(model, 4), [windows], effort, gang)
     return {
         "errors": errors,
-        "bits": {name: layer.weight for name, layer in layers.items()},
+        "bits": {name: layer.weight for name, layer in binary_layers(model).items()},
         "parameters": {name: p.detach() for name, p in model.named_parameters()},
     }
 

@@ -87,6 +87,62 @@ def test_a_block_whose_layers_are_not_all_reached_by_each_call_stays_as_it_is() 
     assert all(torch.equal(before[name], tensor) for name, tensor in block.named_parameters())
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 0},
+        {"flip_rate": 0.6},
+        {"scale_lr": -1e-3},
+        {"other_lr": float("nan")},
+        {"clip": -1.0},
+        {"warmup": 2.0},
+    ],
+)
+def test_an_effort_out_of_range_is_refused_with_the_legal_one(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} is .*; legal: .* … "):
+        BlockEffort(**wrong)  # type: ignore[arg-type]
+
+
+class _WithKept(nn.Module):
+    """A binary layer, a real one that stays, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.binary, self.kept = BinaryLinear(8, 8, False, 8, trainable=True), nn.Linear(8, 8).bfloat16()
+        self.register_buffer("shift", torch.full((8,), 0.1, dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.kept(self.binary(x) + self.shift)
+        return y
+
+
+def test_real_matrices_and_buffers_stay_as_they_were() -> None:
+    torch.manual_seed(0)
+    block, teacher, x = _WithKept(), nn.Linear(8, 8), torch.randn(16, 8)
+    block.binary.set_signs(torch.randn(8, 8))
+    kept, shift, bits = block.kept.weight.clone(), block.shift.clone(), block.binary.weight.clone()
+    block.kept.weight.requires_grad_(False)
+    calls = [(((x.bfloat16(),), {}), ((x,), {}))]
+    error = reconstruct_block(block, {"binary": block.binary}, teacher, calls, EFFORT, Gang(), lambda steps: None)
+    assert error is not None and not torch.equal(block.binary.weight, bits)
+    assert torch.equal(block.kept.weight, kept) and not block.kept.weight.requires_grad
+    assert torch.equal(block.shift, shift) and block.shift.dtype == torch.bfloat16
+    assert block.kept.bias.requires_grad
+
+
+def test_a_block_that_does_not_get_better_is_put_back() -> None:
+    torch.manual_seed(0)
+    layer, x = BinaryLinear(8, 8, False, 8, trainable=True), torch.randn(16, 8)
+    layer.set_signs(torch.randn(8, 8))
+    teacher = BinaryLinear(8, 8, False, 8, trainable=True)
+    teacher.load_state_dict(layer.state_dict())
+    teacher.set_signs(layer.signs())  # nothing can be better than the very same
+    bits = layer.weight.clone()
+    calls = [(((x,), {}), ((x,), {}))]
+    assert reconstruct_block(layer, {"": layer}, teacher, calls, EFFORT, Gang(), lambda steps: None) == 0.0
+    assert torch.equal(layer.weight, bits) and bool((layer.weight_scale == 1).all())
+
+
 def test_a_teacher_block_that_adds_nothing_is_no_division_by_zero() -> None:
     torch.manual_seed(0)
     layer, x = BinaryLinear(8, 8, False, 8, trainable=True), torch.randn(2, 3, 8)

@@ -110,7 +110,7 @@ def test_scaled_places_change_by_the_factor_and_the_others_stay(
     before, places = evidence.values(), torch.arange(0, 4 * columns, 3)
     expected = before.clone()
     expected.view(-1)[places] *= factor
-    evidence.scale(places, factor)
+    evidence.multiply_at(places, factor)
     digit = before.abs().amax(1, keepdim=True) / 127 if kind == "int8" else torch.zeros(())
     assert bool(((evidence.values() - expected).abs() <= 0.51 * digit).all())
     others = torch.ones(4 * columns, dtype=torch.bool)
@@ -124,7 +124,7 @@ def test_a_shard_without_rows_takes_everything_and_holds_nothing(kind: EvidenceK
     evidence = make_evidence(kind, 0, columns, CPU)
     evidence.add(torch.zeros(0, columns), 0.5)
     evidence.multiply(2.0**-24)
-    evidence.scale(torch.zeros(0, dtype=torch.int64), -0.5)
+    evidence.multiply_at(torch.zeros(0, dtype=torch.int64), -0.5)
     assert evidence.values().shape == (0, columns)
     assert sum(t.nbytes for t in evidence.tensors().values()) == 0
 

@@ -43,6 +43,11 @@ def test_momentum_is_the_trainings_own_choice_unless_it_is_given() -> None:
         assert (spec.method.flip_rate, spec.method.momentum, spec.method.evidence) == (0.004, None, "bfloat16")
 
 
+def test_a_spec_stored_when_flip_rate_could_be_null_is_accepted() -> None:
+    stored = JobSpec.model_validate(BASE).canonical_json().replace('"flip_rate":0.004', '"flip_rate":null')
+    assert "null" in stored and JobSpec.model_validate_json(stored).method.flip_rate == 0.004
+
+
 def test_blocks_are_reconstructed_at_every_effort_unless_the_spec_says_otherwise() -> None:
     for method, steps in (({"effort": "quick"}, 400), ({}, 400), ({"effort": "max"}, 400), ({"blockwise_steps": 0}, 0)):
         assert JobSpec.model_validate(BASE | {"method": method}).blockwise_steps == steps
