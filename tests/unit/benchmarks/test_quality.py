@@ -78,7 +78,8 @@ def fake(task: str, found: dict[tuple[str, float], float]) -> Results:
     done = {store.key(RunConfig(task, "plain")): {"test": 100.0, "teacher": 4.0, "validation": 100.0}}
     for (method, rate), value in found.items():
         config = RunConfig(task, method, suites.SHORT, lr=rate)
-        done[store.key(config)] = {"validation": value, "test": value}
+        bits = 2.2 if method == "binarymos" else 1.2
+        done[store.key(config)] = {"validation": value, "test": value, "bits": bits}
     return Results(done)
 
 
@@ -88,6 +89,13 @@ def test_the_gap_is_closed_against_the_best_rate_of_the_best_peer() -> None:
     assert results.best_peer("demo", suites.SHORT) == "ste"
     expected = (math.log(12) - math.log(8)) / (math.log(12) - math.log(4))
     assert results.gap_closed("demo", "ste", suites.SHORT) == pytest.approx(expected)
+
+
+def test_a_peer_of_more_bits_is_no_peer_for_the_gap() -> None:
+    ours = suites.SWEEPS["kbop"][0]
+    results = fake("demo", {("kbop", ours): 8.0, ("ste", 2e-3): 16.0, ("binarymos", 2e-3): 9.0})
+    assert results.fair_peers("demo", suites.SHORT) == ["ste"]
+    assert results.best_peer("demo", suites.SHORT) == "ste"
 
 
 def test_without_a_run_there_is_no_figure() -> None:
