@@ -20,10 +20,8 @@ Share = Annotated[float, Field(ge=0.0, le=0.5)]
 LearningRate = Annotated[float, Field(ge=0.0, le=1.0)]
 SourceName = Annotated[str, Field(min_length=1, max_length=4096)]
 
-#: Recipe of each effort level (docs/quality.md): end-to-end training tokens when `method.tokens` is not given, and
-#: steps of block-wise reconstruction when `method.blockwise_steps` is not.
+#: End-to-end training tokens of each effort level when `method.tokens` is not given (docs/quality.md).
 EFFORT_TOKENS: dict[str, int] = {"quick": 0, "standard": 800_000, "max": 4_000_000}
-EFFORT_BLOCKWISE_STEPS: dict[str, int] = {"quick": 400, "standard": 400, "max": 400}
 
 #: Fields of `method` that only training reads.
 TRAINING_FIELDS = ("batch_tokens", "flip_rate", "momentum", "evidence", "scale_lr", "other_lr")
@@ -93,12 +91,12 @@ class MethodSpec(Strict):
         le=2**28,
         description="Training tokens that BNN Init and block-wise reconstruction see.",
     )
-    blockwise_steps: int | None = Field(
-        default=None,
+    blockwise_steps: int = Field(
+        default=400,
         ge=0,
         le=10**6,
         description="Steps in which each decoder block learns its teacher block's output before training goes end to "
-        "end; 0: none; default: the effort level's own number (400).",
+        "end; 0: none.",
     )
 
     @field_validator("flip_rate", mode="before")
@@ -185,10 +183,7 @@ class JobSpec(Strict):
     @property
     def blockwise_steps(self) -> int:
         """Steps of block-wise reconstruction of each block; 0 means BNN Init alone, and for random signs."""
-        if self.init == "random":
-            return 0
-        asked = self.method.blockwise_steps
-        return EFFORT_BLOCKWISE_STEPS[self.method.effort] if asked is None else asked
+        return 0 if self.init == "random" else self.method.blockwise_steps
 
     def resolved_data(self) -> tuple[tuple[DataSource, ...], tuple[DataSource, ...]]:
         """Training and evaluation sources with the default evaluation split filled in."""

@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from jobs.spec import EFFORT_TOKENS, JobSpec
+from kbop_core.init.blockwise import BlockEffort
 
 BASE: dict[str, Any] = {"model": "builtin:demo", "data": [{"source": "builtin:python-docs"}]}
 
@@ -48,8 +49,12 @@ def test_a_spec_stored_when_flip_rate_could_be_null_is_accepted() -> None:
     assert "null" in stored and JobSpec.model_validate_json(stored).method.flip_rate == 0.004
 
 
-def test_blocks_are_reconstructed_at_every_effort_unless_the_spec_says_otherwise() -> None:
-    for method, steps in (({"effort": "quick"}, 400), ({}, 400), ({"effort": "max"}, 400), ({"blockwise_steps": 0}, 0)):
+def test_blocks_of_pretrained_models_are_reconstructed_unless_the_spec_says_otherwise() -> None:
+    for method, steps in (
+        ({"effort": "quick"}, BlockEffort().steps),
+        ({}, BlockEffort().steps),
+        ({"blockwise_steps": 0}, 0),
+    ):
         assert JobSpec.model_validate(BASE | {"method": method}).blockwise_steps == steps
     assert JobSpec.model_validate(BASE | {"init": "random"}).blockwise_steps == 0
 
