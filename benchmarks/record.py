@@ -77,9 +77,18 @@ def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def commit() -> str:
-    """Short hash of what is checked out, "-dirty" where files differ from it; "unknown" without git."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    """Short hash of HEAD, "-dirty" where files other than results differ from it; "unknown" without git."""
+    head = _git("rev-parse", "--short", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", *_CODE)
+    return f"{head}-dirty" if head and changed else head or "unknown"
+
+
+#: What decides a result: everything that is not written from results.
+_CODE = (":/", ":(top,exclude)benchmarks/results", ":(top,exclude)docs", ":(top,exclude)README.md")
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
 
 
 def machine() -> dict[str, Any]:

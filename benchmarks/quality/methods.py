@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.quality.ablation import ShareRule
+from benchmarks.quality.columns import ColumnScales
 from benchmarks.quality.tasks import Task
 from benchmarks.quality.training import RunConfig, Student
 from kbop_core.baselines.arb import arb_layer
 from kbop_core.baselines.binarymos import convert_binarymos
-from kbop_core.baselines.bits import stored_bits
+from kbop_core.baselines.bits import NUMBER_BITS, stored_bits
 from kbop_core.baselines.flip_rules import AccumulateFireSpend, Bold, Bop, PaperKBOP, Rule
 from kbop_core.baselines.gptq import gptq_layer
 from kbop_core.baselines.latent import LatentLinear, convert_latent
@@ -176,18 +177,29 @@ class _KbopFlipper:
 
 
 def _start(task: Task, config: RunConfig) -> Student:
-    """The binary student before its first step: `init` blockwise (the product's), bnn, plain, random or random_unit."""
+    """The binary student before its first step, as the options `init` and `columns` (columns.py) say.
+
+    `init`: blockwise (the product's), bnn, plain; random or random_unit signs (BNN Init's scales, or 1) in
+    the teacher's model; nothing or nothing_unit: the same in a model without anything of the teacher's.
+    """
     kind = config.options.get("init", "blockwise")
     if kind in ("bnn", "blockwise"):
         model = task.started(config.seed, BlockEffort() if kind == "blockwise" else None)
-        return _student(model, 0.0, binary_layers(model))
-    student = plain(task, config)
-    if kind in ("random", "random_unit"):
+    else:
+        model = task.untrained_model(config.seed) if kind.startswith("nothing") else task.fresh_model()
+        layers = convert_plain(model, task.plan, trainable=True)
         generator = torch.Generator().manual_seed(config.seed)
-        for layer in binary_layers(student.model).values():
+        for layer in layers.values() if kind != "plain" else ():
             random_init(layer, generator)
-            if kind == "random_unit":
+            if kind.endswith("_unit"):
                 layer.weight_scale.data.fill_(1.0)
+    layers = binary_layers(model)
+    columns = config.options.get("columns")
+    if columns:
+        ColumnScales(model, layers, columns, task.train_NT[:1])
+    student = _student(model, 0.0, layers)
+    if columns == "own":
+        student.bits += NUMBER_BITS * sum(layer.in_features for layer in layers.values()) / task.plan.weights
     return student
 
 
@@ -220,8 +232,12 @@ def _flips(config: RunConfig) -> FlipSchedule:
     return FlipSchedule(config.lr, config.steps, config.warmup_steps)
 
 
+#: Options of an ablation that change something else than the flip rule.
+NOT_OF_THE_RULE = ("init", "columns", "hidden", "cross_entropy", "distill", "only")
+
+
 def _ablation(config: RunConfig) -> Rule:
-    knobs = {k: v for k, v in config.options.items() if k not in ("init", "hidden", "cross_entropy", "only")}
+    knobs = {k: v for k, v in config.options.items() if k not in NOT_OF_THE_RULE}
     return ShareRule(_flips(config), **knobs)
 
 

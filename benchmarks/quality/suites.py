@@ -31,6 +31,17 @@ SWEEPS: dict[str, tuple[float, ...]] = {
     "scales_only": (0.0,),
     "kbop": (FLIP_RATE,),
 }
+#: More than any row has weights: one scale a row.
+ROW = 1 << 16
+#: Starts from random signs, row → options: in the teacher's model, distilled; in one without anything of the teacher's,
+#: from text alone.
+TEXT_ALONE = {"distill": 0.0, "cross_entropy": 1.0}
+SCRATCH: dict[str, dict[str, Any]] = {
+    "random signs, BNN Init": {"init": "random"},
+    "random signs, scales 1": {"init": "random_unit"},
+    "nothing of the teacher, BNN Init": {"init": "nothing"} | TEXT_ALONE,
+    "nothing of the teacher, scales 1": {"init": "nothing_unit"} | TEXT_ALONE,
+}
 PEERS = ("ste", "onebit", "binarymos")
 SEEDS = (0, 1, 2)
 #: Tokens that pass through each block while it is reconstructed; all are of the calibration text.
@@ -88,11 +99,19 @@ def ablations(task: str, tokens: int = SHORT) -> Iterator[tuple[str, str, RunCon
         yield "other learning rate", f"other lr {rate:g}", replace(base, other_lr=rate)
     for batch in (512, 2048, 4096):
         yield "batch", f"{batch} tokens a step", replace(base, batch_tokens=batch)
-    for group in (32, 128, 1 << 16):
-        yield "group size", f"group {group if group < 1 << 16 else 'row'}", replace(base, group=group)
-    for start in ("bnn", "plain", "random", "random_unit"):
+    for group in (32, 128, ROW):
+        yield "scales", f"group {group if group < ROW else 'row'}", replace(base, group=group)
+    for columns in ("shared", "own"):
+        for group in (64, ROW):
+            size = group if group < ROW else "row"
+            found = replace(base, group=group, options={"columns": columns})
+            yield "scales", f"group {size}, × {columns} column scales", found
+    for start in ("bnn", "plain"):
         yield "init × rule", f"{start}, ours", replace(base, options={"init": start})
         yield "init × rule", f"{start}, scales only", replace(base, method="scales_only", options={"init": start})
+    for name, options in SCRATCH.items():
+        yield "from scratch", f"{name}; ours", replace(base, options=options)
+        yield "from scratch", f"{name}; scales only", replace(base, method="scales_only", options=options)
     yield "init × rule", "blockwise, scales only", replace(base, method="scales_only", lr=0.0)
     for steps in (100, 1600):
         fitted = RunConfig(task, "quick", options={"steps": steps})

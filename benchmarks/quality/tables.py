@@ -261,9 +261,8 @@ def _ablations(results: Results) -> str:
 def _scratch(results: Results) -> Iterator[Row]:
     """Runs from random signs: how large signals are on their way through the blocks at the start, and convergence."""
     _, default = _ablation_home(results)
-    names = {"random": "random signs, BNN Init", "random_unit": "random signs, scales 1", "bnn": "pretrained, BNN Init"}
-    for start, name in names.items():
-        found = results.done.get(store.key(replace(default, options={"init": start})))
+    for name, options in ({"pretrained signs, BNN Init": {"init": "bnn"}} | suites.SCRATCH).items():
+        found = results.done.get(store.key(replace(default, options=options)))
         if found and "diverged" not in found:
             points = [found["curve"][i] for i in (0, len(found["curve"]) // 2 - 1, -1)]
             sizes = " → ".join(f"{s:.3g}" for s in found["hidden_sizes"])

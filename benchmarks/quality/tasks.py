@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from benchmarks.quality.teachers import TEACHERS, LargerRecipe, teacher_folder
 from benchmarks.record import shared_data
@@ -185,6 +186,12 @@ class Task:
         """Another copy of the teacher."""
         model: nn.Module = load_model(self.model).to(self.device)
         return model
+
+    def untrained_model(self, seed: int) -> nn.Module:
+        """A model of the teacher's shape with random weights, as its class draws them."""
+        torch.manual_seed(seed)
+        model: nn.Module = AutoModelForCausalLM.from_config(self.teacher.config, dtype=torch.float32).to(self.device)
+        return model.eval()
 
     @cached_property
     def _ids(self) -> str:

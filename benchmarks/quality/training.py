@@ -174,11 +174,11 @@ class _Trainer:
         self.optimizer.zero_grad()
 
     def _loss(self, ids_BT: Tensor, log_p_BTV: Tensor) -> Tensor:
-        """KL to the teacher; ablations add hidden alignment (`hidden`) or cross-entropy (`cross_entropy`)."""
+        """`distill` (1) times KL to the teacher; ablations add `hidden` alignment or `cross_entropy` of the text."""
         options = self.config.options
         hidden = float(options.get("hidden", 0.0))
         out = self.student.model(input_ids=ids_BT, use_cache=False, output_hidden_states=hidden > 0)
-        loss = kl_to_log_probs(out.logits, log_p_BTV)
+        loss = float(options.get("distill", 1.0)) * kl_to_log_probs(out.logits, log_p_BTV)
         if hidden:
             with torch.no_grad():
                 theirs = self.task.teacher(input_ids=ids_BT, use_cache=False, output_hidden_states=True).hidden_states
