@@ -65,16 +65,23 @@ class Results:
         """Test perplexity of the teacher, as the run of `plain` measured it."""
         return next((r["teacher"] for _, r in self.seeds(task, "plain", 0)), None)
 
+    def common_seeds(self, task: str, peer: str, tokens: int) -> list[int]:
+        """Seeds that ran for ours and for the peer."""
+        ours, theirs = ({c.seed for c, _ in self.seeds(task, m, tokens)} for m in ("kbop", peer))
+        return sorted(ours & theirs)
+
     def gap_closed(self, task: str, peer: str, tokens: int) -> float | None:
-        """By ours, see the module's head; None while a run is missing."""
-        ours, theirs, best = (
-            self.perplexity(task, "kbop", tokens),
-            self.perplexity(task, peer, tokens),
-            self.teacher(task),
-        )
-        if ours is None or theirs is None or best is None or theirs <= best:
+        """By ours, over the seeds that both ran, see the module's head; None while a run is missing."""
+        seeds = self.common_seeds(task, peer, tokens)
+        best = self.teacher(task)
+        if not seeds or best is None:
             return None
-        return (math.log(theirs) - math.log(ours)) / (math.log(theirs) - math.log(best))
+        logs = [self._mean_log(task, method, tokens, seeds) for method in (peer, "kbop")]
+        open_nats = logs[0] - math.log(best)
+        return (logs[0] - logs[1]) / open_nats if open_nats > 0 else None
+
+    def _mean_log(self, task: str, method: str, tokens: int, seeds: Sequence[int]) -> float:
+        return statistics.fmean(math.log(r["test"]) for c, r in self.seeds(task, method, tokens) if c.seed in seeds)
 
     def fair_peers(self, task: str, tokens: int) -> list[str]:
         """The latent-weight peers that ran and store no more bits than ours (and 5 %)."""
@@ -202,7 +209,7 @@ def _gaps(results: Results) -> str:
                     "gap closed": gap,
                     "KL, peer": results.kl(task, peer, tokens),
                     "KL, KBOP": results.kl(task, "kbop", tokens),
-                    "KBOP runs": len(results.seeds(task, "kbop", tokens)),
+                    "seeds": len(results.common_seeds(task, peer, tokens)),
                 }
             )
     return _markdown(lines)

@@ -102,3 +102,16 @@ def test_without_a_run_there_is_no_figure() -> None:
     results = fake("demo", {("ste", 2e-3): 16.0})
     assert results.gap_closed("demo", "ste", suites.SHORT) is None
     assert results.perplexity("demo", "kbop", suites.SHORT) is None
+
+
+def test_the_gap_is_taken_over_the_seeds_that_both_ran() -> None:
+    ours = suites.SWEEPS["kbop"][0]
+    results = fake("demo", {("kbop", ours): 8.0, ("ste", 2e-3): 16.0})
+    before = results.gap_closed("demo", "ste", suites.SHORT)
+    second = RunConfig("demo", "kbop", suites.SHORT, seed=1, lr=ours)
+    results.done[store.key(second)] = {"validation": 5.0, "test": 5.0, "bits": 1.2}
+    assert results.gap_closed("demo", "ste", suites.SHORT) == before and before is not None
+    theirs = RunConfig("demo", "ste", suites.SHORT, seed=1, lr=2e-3)
+    results.done[store.key(theirs)] = {"validation": 16.0, "test": 16.0, "bits": 1.2}
+    assert results.common_seeds("demo", "ste", suites.SHORT) == [0, 1]
+    assert (results.gap_closed("demo", "ste", suites.SHORT) or 0.0) > before
