@@ -81,9 +81,12 @@ class MethodSpec(Strict):
         default="bfloat16",
         description="How that average is stored: 2 bytes per weight, or 1.06.",
     )
-    scale_lr: LearningRate = Field(default=3e-3, description="Peak AdamW learning rate of the scales.")
+    scale_lr: LearningRate = Field(
+        default=0.01, description="Peak AdamW learning rate of the scales, as a share of their size."
+    )
     other_lr: LearningRate = Field(
-        default=3e-3, description="Peak AdamW learning rate of norms, biases, embeddings and head."
+        default=0.02,
+        description="Peak AdamW learning rate of norms, biases, embeddings and head, as a share of their size.",
     )
     calibration_tokens: int = Field(
         default=65_536,

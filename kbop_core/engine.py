@@ -114,7 +114,7 @@ class Engine:
 
     Args:
         model: the student; its parameters that require gradients are trained.
-        groups: AdamW parameter groups with a learning rate each, in the order `set_learning_rates` takes them.
+        groups: AdamW parameter groups; `lr` of each is its peak.
         config: see EngineConfig.
         timeout_s: of the collectives of groups that DeepSpeed makes, seconds.
     """
@@ -123,6 +123,7 @@ class Engine:
         self, model: nn.Module, groups: Sequence[dict[str, Any]], config: EngineConfig, timeout_s: float
     ) -> None:
         _skip_unused_compilation()
+        self._peaks = [float(group["lr"]) for group in groups]
         optimizer = torch.optim.AdamW(list(groups), betas=(0.9, 0.95), weight_decay=0.0)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config.to_deepspeed(), dist_init_required=False
@@ -165,10 +166,10 @@ class Engine:
                 "resume from the last checkpoint with smaller learning rates",
             )
 
-    def set_learning_rates(self, rates: Sequence[float]) -> None:
-        """One rate per parameter group, for the coming step."""
-        for group, rate in zip(self._engine.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+    def set_learning_rates(self, factor: float) -> None:
+        """Each group's peak times `factor`, for the coming step."""
+        for group, peak in zip(self._engine.optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = factor * peak
 
     def save(self, folder: Path) -> None:
         """Write parameters and optimizer into `folder`, every rank its own files; nothing marks it as complete."""

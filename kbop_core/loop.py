@@ -22,6 +22,7 @@ from kbop_core.distill import distillation_loss, teacher_logits
 from kbop_core.engine import Engine, EngineConfig
 from kbop_core.errors import NonFiniteLoss
 from kbop_core.evidence import EvidenceKind
+from kbop_core.full_precision import OTHER_LR, SCALE_LR, parameter_groups
 from kbop_core.kbop import KBOP
 from kbop_core.schedules import FLIP_RATE, FlipSchedule, warmup_cosine
 from kbop_core.shard import Gang
@@ -76,8 +77,8 @@ class TrainConfig:
         flip_rate: peak share of each layer's signs flipped in a step, 0 … 0.5.
         momentum: constant decay of the evidence, 0 ≤ β ≤ 0.9999; None: MomentumSchedule's growing memory.
         evidence: how the evidence is stored, "bfloat16" or "int8".
-        scale_lr: peak AdamW learning rate of scales.
-        other_lr: peak AdamW learning rate of norms, biases, embeddings and head.
+        scale_lr: peak AdamW learning rate of scales, a share of their size (full_precision.py).
+        other_lr: of norms, biases, embeddings and head, likewise.
         warmup: share of the steps in which all rates rise, 0 … 1.
         seed: of the window order.
         zero_stage: DeepSpeed ZeRO stage of the full-precision side.
@@ -88,8 +89,8 @@ class TrainConfig:
     flip_rate: float = FLIP_RATE
     momentum: float | None = None
     evidence: EvidenceKind = "bfloat16"
-    scale_lr: float = 3e-3
-    other_lr: float = 3e-3
+    scale_lr: float = SCALE_LR
+    other_lr: float = OTHER_LR
     warmup: float = 0.05
     seed: int = 0
     zero_stage: int = 1
@@ -159,9 +160,7 @@ def start_run(
     """
     device = next(student.parameters()).device
     student.eval().requires_grad_(True)  # no dropout: it would blur the teacher, and make a resumed run another one
-    scales = [p for n, p in student.named_parameters() if n.endswith(".weight_scale")]
-    others = [p for n, p in student.named_parameters() if not n.endswith(".weight_scale")]
-    groups = [{"params": scales, "lr": config.scale_lr}, {"params": others, "lr": config.other_lr}]
+    groups = parameter_groups(student.named_parameters(), config.scale_lr, config.other_lr)
     engine_config = EngineConfig(layout.micro_batch, layout.micro_steps, config.zero_stage, bf16=device.type == "cuda")
     engine = Engine(student, groups, engine_config, config.timeout_s)
     gang = replace(gang, group=engine.group) if gang.size > 1 else gang
@@ -178,8 +177,7 @@ def train(run: Run, steps: Iterable[int]) -> Iterator[StepMetrics]:
         NonFiniteGradient: on every rank, before the step counts: the run goes on from its last checkpoint.
     """
     for step in steps:
-        factor = warmup_cosine(step, run.config.steps, run.config.warmup_steps)
-        run.engine.set_learning_rates([factor * run.config.scale_lr, factor * run.config.other_lr])
+        run.engine.set_learning_rates(warmup_cosine(step, run.config.steps, run.config.warmup_steps))
         total = 0.0
         for micro_step in range(run.layout.micro_steps):
             ids = run.batch(step, micro_step)

@@ -40,16 +40,6 @@ LATENT_STATE_BYTES = 12.0
 RULE_STATE_BYTES = 4.0 + 1 / 8
 
 
-def _groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    groups: dict[str, list[nn.Parameter]] = {"latent": [], "scale": [], "other": []}
-    for name, parameter in model.named_parameters():
-        last = name.rsplit(".", 1)[-1]
-        kind = last if last == "latent" else "scale" if "scale" in last or last == "router" else "other"
-        parameter.requires_grad_(True)
-        groups[kind].append(parameter)
-    return groups
-
-
 def _signs(layer: nn.Module) -> int:
     if isinstance(layer, BinaryLinear):
         return layer.signs_count
@@ -60,7 +50,8 @@ def _signs(layer: nn.Module) -> int:
 def _student(model: nn.Module, state_bytes: float, layers: Mapping[str, nn.Module]) -> Student:
     weights = sum(_signs(layer) for layer in layers.values())
     bits = sum(stored_bits(layer) for layer in layers.values()) / weights
-    return Student(model, _groups(model), bits, state_bytes)
+    model.requires_grad_(True)
+    return Student(model, bits, state_bytes)
 
 
 # -- calibrated ---------------------------------------------------------------------------------------------------

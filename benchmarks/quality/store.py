@@ -1,8 +1,8 @@
 """Owns finished runs: one JSON line each in results/quality-runs.jsonl, keyed by everything that decides the result.
 
 Refuses to run anything twice: a suite that was stopped goes on where it was. A line is written in one call, so
-that several processes may append. Change RULE when code changes what a configuration gives: older lines of the
-methods named then do not count any more.
+that several processes may append. Change RULE (ours), tasks.INIT (starts) or training.PROTOCOL (all) when code changes
+what a configuration gives: older lines of the methods concerned then do not count any more.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.tasks import INIT
-from benchmarks.quality.training import RunConfig
+from benchmarks.quality.training import PROTOCOL, RunConfig
 from benchmarks.record import RESULTS, commit, machine
 
 PATH = RESULTS / "quality-runs.jsonl"
@@ -30,7 +30,7 @@ def key(config: RunConfig) -> str:
     """Canonical JSON of a configuration."""
     version = {"rule": RULE} if config.method in OURS else {}
     version |= {} if config.method in INDEPENDENT else {"init": INIT}
-    return json.dumps(asdict(config) | version, sort_keys=True)
+    return json.dumps(asdict(config) | version | {"protocol": PROTOCOL}, sort_keys=True)
 
 
 def finished(path: Path = PATH) -> dict[str, dict[str, Any]]:

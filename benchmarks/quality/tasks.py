@@ -47,7 +47,7 @@ CALIBRATION_TOKENS = 65_536
 #: Windows in one batch of them: one step of block-wise reconstruction.
 CALIBRATION_BATCH = 8
 #: Version of BNN Init and of block-wise reconstruction: students kept on disk and runs from them count for it alone.
-INIT = 2
+INIT = 3
 #: Characters of a held-out passage that must not occur in the training text.
 PASSAGE = 64
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,12 +17,17 @@ from torch import Tensor, nn
 
 from benchmarks.quality.tasks import CONTEXT, Task
 from kbop_core.distill import kl_to_log_probs
+from kbop_core.full_precision import OTHER_LR, SCALE_LR, parameter_groups
 from kbop_core.perplexity import Quality, evaluate
 from kbop_core.schedules import warmup_cosine
 from kbop_core.text import WindowOrder
 
 #: Share of the steps in which all rates rise; AdamW's (β₁, β₂); largest norm of the gradient. The same for all methods.
 WARMUP, BETAS, CLIP = 0.05, (0.9, 0.95), 1.0
+#: Last part of the names of latent weights.
+LATENT = "latent"
+#: Version of what all methods share, part of every run's key.
+PROTOCOL = 2
 #: Points of a run's validation curve.
 CURVE = 8
 EVALUATION_BATCH = 32
@@ -44,8 +49,8 @@ class RunConfig:
         batch_tokens: tokens in a step.
         group: weights of a row that share a scale.
         lr: the method's own rate: peak of latent AdamW, peak share of flips, or a rule's threshold.
-        scale_lr: peak AdamW rate of scales (and experts).
-        other_lr: peak AdamW rate of norms, biases, embeddings and head.
+        scale_lr: peak AdamW rate of scales (and experts), a share of their size (kbop_core/full_precision.py).
+        other_lr: of norms, biases, embeddings, head and routers, likewise.
         options: what an ablation changes, name → value.
     """
 
@@ -56,8 +61,8 @@ class RunConfig:
     batch_tokens: int = 1024
     group: int = 64
     lr: float = 0.0
-    scale_lr: float = 3e-3
-    other_lr: float = 3e-3
+    scale_lr: float = SCALE_LR
+    other_lr: float = OTHER_LR
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -85,14 +90,12 @@ class Student:
 
     Attributes:
         model: its parameters that require gradients train.
-        groups: kind ("latent", "scale", "other") → parameters.
         bits: stored bits per binarized weight, at inference.
         state_bytes: bytes per binarized weight that live between two steps: weights and optimizer state.
         flipper: where the method has one.
     """
 
     model: nn.Module
-    groups: dict[str, list[nn.Parameter]]
     bits: float
     state_bytes: float
     flipper: Flipper | None = None
@@ -148,9 +151,12 @@ class _Trainer:
     def __init__(self, task: Task, config: RunConfig, student: Student) -> None:
         self.task, self.config, self.student = task, config, student
         student.model.eval()  # no dropout: it would blur the teacher
-        self.rates = {"latent": config.lr, "scale": config.scale_lr, "other": config.other_lr}
-        groups = [{"params": ps, "lr": self.rates[kind], "kind": kind} for kind, ps in student.groups.items() if ps]
-        self.parameters = [p for ps in student.groups.values() for p in ps]
+        named = dict(student.model.named_parameters())
+        latents = [p for name, p in named.items() if name.endswith(LATENT)]
+        real = ((name, p) for name, p in named.items() if not name.endswith(LATENT))
+        groups = parameter_groups(real, config.scale_lr, config.other_lr)
+        groups += [{"params": latents, "lr": config.lr}] if latents else []
+        self.peaks, self.parameters = [float(group["lr"]) for group in groups], list(named.values())
         self.optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True)
         self.order = WindowOrder(len(task.train_NT), config.seed)
         self.flips = self.back = 0
@@ -158,8 +164,8 @@ class _Trainer:
     def step(self, step: int) -> None:
         config = self.config
         factor = warmup_cosine(step, config.steps, config.warmup_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = factor * self.rates[group["kind"]]
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = factor * peak
         windows = config.batch_tokens // CONTEXT
         rows = list(self.order.indices(step * windows, (step + 1) * windows))
         loss = self._loss(self.task.train_NT[rows], self.task.log_probs(rows))

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kbop_core.full_precision import SCALE_LR, parameter_groups
 from kbop_core.kbop import KBOP
 from kbop_core.layers import BinaryLayer
 from kbop_core.schedules import FlipSchedule, warmup_cosine
@@ -39,16 +40,16 @@ class BlockEffort:
     Attributes:
         steps: of each block, ≥ 1; every step reads one batch of calibration windows on each rank.
         flip_rate: peak share of each layer's signs flipped in a step, 0 … 0.5.
-        scale_lr: peak AdamW learning rate of scales.
-        other_lr: peak AdamW learning rate of norms and biases.
+        scale_lr: peak AdamW learning rate of scales, a share of their size (full_precision.py).
+        other_lr: of norms and biases, likewise.
         warmup: share of the steps in which all rates rise.
         clip: largest norm of the gradient of scales, norms and biases.
     """
 
     steps: int = 400
     flip_rate: float = 0.01
-    scale_lr: float = 3e-3
-    other_lr: float = 1e-3
+    scale_lr: float = SCALE_LR
+    other_lr: float = 0.01
     warmup: float = 0.05
     clip: float = 1.0
 
@@ -138,8 +139,9 @@ def _train(
 ) -> None:
     """Minimise error(place), the batches in a new random order each time."""
     small = [(n, p) for n, p in block.named_parameters() if p.dim() < 2 or n.endswith("weight_scale")]
-    kinds = [[p for n, p in small if n.endswith("weight_scale") == scale] for scale in (True, False)]
-    optimizer = torch.optim.AdamW([{"params": k} for k in kinds], betas=(0.9, 0.95), weight_decay=0.0)
+    groups = parameter_groups(small, effort.scale_lr, effort.other_lr)
+    peaks = [float(group["lr"]) for group in groups]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     generator, order = torch.Generator().manual_seed(0), list[int]()
     learning = {name: p.requires_grad for name, p in block.named_parameters()}
     block.requires_grad_(False)
@@ -151,8 +153,8 @@ def _train(
         _average([p for _, p in small], kbop.gang)
         nn.utils.clip_grad_norm_([p for _, p in small], effort.clip)
         kbop.step()
-        for group, rate in zip(optimizer.param_groups, (effort.scale_lr, effort.other_lr), strict=True):
-            group["lr"] = rate * warmup_cosine(step, effort.steps, effort.warmup_steps)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * warmup_cosine(step, effort.steps, effort.warmup_steps)
         optimizer.step()
         optimizer.zero_grad()
         progress(step + 1)
