@@ -220,11 +220,16 @@ def kbop(task: Task, config: RunConfig) -> Student:
 
 
 def _flips(config: RunConfig) -> FlipSchedule:
-    return FlipSchedule(config.lr, config.steps, config.warmup_steps)
+    """Over the run, or all but its last share `finish`: then scales and norms finish alone."""
+    steps = config.steps - round(float(config.options.get("finish", 0.0)) * config.steps)
+    return FlipSchedule(config.lr, steps, config.warmup_steps)
 
 
 #: Options of an ablation that change something else than the flip rule.
-NOT_OF_THE_RULE = ("init", "columns", "hidden", "cross_entropy", "distill", "only")
+NOT_OF_THE_RULE = (
+    *("init", "columns", "only", "finish", "average", "late_batch"),
+    *("distill", "hidden", "cross_entropy", "temperature", "top_k"),
+)
 
 
 def _ablation(config: RunConfig) -> Rule:

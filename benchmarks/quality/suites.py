@@ -136,5 +136,10 @@ KNOBS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("schedule", "shape", ("linear", "constant")),
     ("loss", "hidden", (0.1, 1.0)),
     ("loss", "cross_entropy", (0.1, 0.5)),
+    ("loss", "temperature", (0.5, 2.0)),
+    ("loss", "top_k", (8, 32)),
+    ("batch", "late_batch", (2, 4)),
+    ("finish", "finish", (0.1, 0.25)),
+    ("finish", "average", (0.1, 0.25)),
     ("which layers flip", "only", ("attention", "mlp")),
 )

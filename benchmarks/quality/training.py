@@ -24,6 +24,8 @@ from kbop_core.text import WindowOrder
 
 #: Share of the steps in which all rates rise; AdamW's (β₁, β₂); largest norm of the gradient. The same for all methods.
 WARMUP, BETAS, CLIP = 0.05, (0.9, 0.95), 1.0
+#: Log-probability of a token that `top_k` forgets.
+FORGOTTEN = -60.0
 #: Last part of the names of latent weights.
 LATENT = "latent"
 #: Version of what all methods share, part of every run's key.
@@ -68,7 +70,21 @@ class RunConfig:
     @property
     def steps(self) -> int:
         """Optimizer steps."""
-        return self.tokens // self.batch_tokens
+        plain = self.tokens // self.batch_tokens
+        return plain if self.late == 1 else plain // 2 + (plain - plain // 2) // self.late
+
+    @property
+    def late(self) -> int:
+        """How many batches make one step in the second half of the tokens: option `late_batch`."""
+        return int(self.options.get("late_batch", 1))
+
+    def batches(self, step: int) -> range:
+        """Numbers of the batches that a step reads, of the endless order."""
+        early = self.tokens // self.batch_tokens // 2
+        if self.late == 1 or step < early:
+            return range(step, step + 1)
+        start = early + (step - early) * self.late
+        return range(start, start + self.late)
 
     @property
     def warmup_steps(self) -> int:
@@ -116,9 +132,10 @@ def run(task: Task, config: RunConfig, student: Student) -> dict[str, Any]:
                     torch.cuda.synchronize()
                 clock += time.perf_counter() - began
                 value = _quality(student.model, task, "validation").perplexity
-                curve.append([(step + 1) * config.batch_tokens, round(clock, 1), value])
+                curve.append([config.batches(step).stop * config.batch_tokens, round(clock, 1), value])
                 flips.append(trainer.take_flips())
                 began = time.perf_counter()
+        trainer.average.take()
     extra: dict[str, Any] = {}
     if not config.tokens:
         extra["teacher"] = _quality(task.teacher, task, "test").perplexity
@@ -147,6 +164,28 @@ def hidden_sizes(model: nn.Module, ids_BT: Tensor) -> list[float]:
     return [round(float(state.square().mean().sqrt()), 4) for state in states[:-1]]
 
 
+class _Average:
+    """The mean of the real parameters over the last share of the steps, which then takes their place; share 0: none."""
+
+    def __init__(self, parameters: list[nn.Parameter], steps: int, share: float) -> None:
+        self.parameters, self.start = parameters, steps - round(share * steps)
+        self.means: list[Tensor] = []
+
+    @torch.no_grad()
+    def see(self, step: int) -> None:
+        if step < self.start:
+            return
+        if not self.means:
+            self.means = [p.detach().clone() for p in self.parameters]
+        for mean, parameter in zip(self.means, self.parameters, strict=True):
+            mean.lerp_(parameter, 1.0 / (step - self.start + 1))
+
+    @torch.no_grad()
+    def take(self) -> None:
+        for mean, parameter in zip(self.means, self.parameters, strict=bool(self.means)):
+            parameter.copy_(mean)
+
+
 class _Trainer:
     def __init__(self, task: Task, config: RunConfig, student: Student) -> None:
         self.task, self.config, self.student = task, config, student
@@ -159,6 +198,7 @@ class _Trainer:
         self.peaks, self.parameters = [float(group["lr"]) for group in groups], list(named.values())
         self.optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True)
         self.order = WindowOrder(len(task.train_NT), config.seed)
+        self.average = _Average(self.parameters, config.steps, float(config.options.get("average", 0.0)))
         self.flips = self.back = 0
 
     def step(self, step: int) -> None:
@@ -166,8 +206,8 @@ class _Trainer:
         factor = warmup_cosine(step, config.steps, config.warmup_steps)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = factor * peak
-        windows = config.batch_tokens // CONTEXT
-        rows = list(self.order.indices(step * windows, (step + 1) * windows))
+        windows, batches = config.batch_tokens // CONTEXT, config.batches(step)
+        rows = list(self.order.indices(batches.start * windows, batches.stop * windows))
         loss = self._loss(self.task.train_NT[rows], self.task.log_probs(rows))
         if not bool(loss.isfinite()):
             raise Diverged(f"loss is {float(loss.detach())} at step {step}")
@@ -178,13 +218,23 @@ class _Trainer:
             self.flips, self.back = self.flips + flips, self.back + back
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.average.see(step)
 
     def _loss(self, ids_BT: Tensor, log_p_BTV: Tensor) -> Tensor:
-        """`distill` (1) times KL to the teacher; ablations add `hidden` alignment or `cross_entropy` of the text."""
+        """`distill` (1) times KL to the teacher; ablations add `hidden` alignment or `cross_entropy` of the text.
+
+        `temperature` T softens both sides, times T²; `top_k` forgets all but the teacher's k likeliest tokens.
+        """
         options = self.config.options
         hidden = float(options.get("hidden", 0.0))
         out = self.student.model(input_ids=ids_BT, use_cache=False, output_hidden_states=hidden > 0)
-        loss = float(options.get("distill", 1.0)) * kl_to_log_probs(out.logits, log_p_BTV)
+        soft = float(options.get("temperature", 1.0))
+        if top := int(options.get("top_k", 0)):
+            least = log_p_BTV.topk(top).values[..., -1:]
+            log_p_BTV = log_p_BTV.masked_fill(log_p_BTV < least, FORGOTTEN)
+        if soft != 1.0 or top:
+            log_p_BTV = (log_p_BTV / soft).log_softmax(-1)
+        loss = float(options.get("distill", 1.0)) * soft**2 * kl_to_log_probs(out.logits / soft, log_p_BTV)
         if hidden:
             with torch.no_grad():
                 theirs = self.task.teacher(input_ids=ids_BT, use_cache=False, output_hidden_states=True).hidden_states

@@ -14,7 +14,7 @@ from benchmarks.quality import store, suites
 from benchmarks.quality.ablation import ShareRule
 from benchmarks.quality.tables import Results
 from benchmarks.quality.tasks import check_disjoint
-from benchmarks.quality.training import RunConfig
+from benchmarks.quality.training import RunConfig, _Average
 from kbop_core.kbop import KBOP
 from kbop_core.layers import BinaryLinear
 from kbop_core.schedules import FlipSchedule
@@ -115,3 +115,22 @@ def test_the_gap_is_taken_over_the_seeds_that_both_ran() -> None:
     results.done[store.key(theirs)] = {"validation": 16.0, "test": 16.0, "bits": 1.2}
     assert results.common_seeds("demo", "ste", suites.SHORT) == [0, 1]
     assert (results.gap_closed("demo", "ste", suites.SHORT) or 0.0) > before
+
+
+@pytest.mark.parametrize("late", [1, 2, 4])
+def test_larger_late_batches_read_the_same_windows_once_in_fewer_steps(late: int) -> None:
+    config = RunConfig("demo", "kbop", 64 * 1024, options={"late_batch": late})
+    read = [number for step in range(config.steps) for number in config.batches(step)]
+    assert read == list(range(64)) and config.steps == 32 + 32 // late
+
+
+def test_averaging_takes_the_mean_of_the_last_steps_and_without_it_nothing_changes() -> None:
+    moving, still = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.full((2,), 7.0))
+    averages = [_Average([moving], 10, 0.4), _Average([still], 10, 0.0)]
+    for step in range(10):
+        moving.data.fill_(float(step))
+        for average in averages:
+            average.see(step)
+    for average in averages:
+        average.take()
+    assert moving.tolist() == [7.5, 7.5] and still.tolist() == [7.0, 7.0]
