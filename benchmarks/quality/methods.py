@@ -175,7 +175,8 @@ def _start(task: Task, config: RunConfig) -> Student:
     """
     kind = config.options.get("init", "blockwise")
     if kind in ("bnn", "blockwise"):
-        model = task.started(config.seed, BlockEffort() if kind == "blockwise" else None)
+        effort = BlockEffort(config.options.get("blockwise_steps", BlockEffort().steps))
+        model = task.started(config.seed, effort if kind == "blockwise" else None)
     else:
         model = task.untrained_model(config.seed) if kind.startswith("nothing") else task.fresh_model()
         layers = convert_plain(model, task.plan, trainable=True)
@@ -227,7 +228,7 @@ def _flips(config: RunConfig) -> FlipSchedule:
 
 #: Options of an ablation that change something else than the flip rule.
 NOT_OF_THE_RULE = (
-    *("init", "columns", "only", "finish", "average", "late_batch"),
+    *("init", "blockwise_steps", "columns", "only", "finish", "average", "late_batch"),
     *("distill", "hidden", "cross_entropy", "temperature", "top_k"),
 )
 

@@ -119,6 +119,8 @@ def ablations(task: str, tokens: int = SHORT) -> Iterator[tuple[str, str, RunCon
     for steps in (100, 1600):
         fitted = RunConfig(task, "quick", options={"steps": steps})
         yield "block-wise reconstruction, nothing end to end", f"{steps:,} steps", fitted
+        trained = replace(base, options={"blockwise_steps": steps})
+        yield "init × rule", f"blockwise with {steps:,} steps a block, ours", trained
     yield "block-wise reconstruction, nothing end to end", "400 steps, the default", RunConfig(task, "quick")
     paid = replace(base, tokens=tokens - BLOCKWISE_TOKENS)
     yield "init × rule", f"blockwise, ours, its {BLOCKWISE_TOKENS:,} tokens taken from the budget", paid
