@@ -33,6 +33,8 @@ class ShareRule:
         curvature: subtracted from the score, in units of its root mean square over the layer.
         significance: flip only where the evidence is this many standard deviations of its noise away from 0.
         shape: "cosine" (the product's), "linear" or "constant" share over time.
+        every: flips of that many steps are made in one, 1: in each.
+        phase: which of `every` steps, 0 … every − 1: layers take turns.
     """
 
     schedule: FlipSchedule
@@ -46,11 +48,14 @@ class ShareRule:
     curvature: float = 0.0
     significance: float = 0.0
     shape: Literal["cosine", "linear", "constant"] = "cosine"
+    every: int = 1
+    phase: int = 0
 
     def __post_init__(self) -> None:
         self.evidence: Tensor | None = None
         self.rows = self.columns = self.elements = torch.zeros(())
         self.carried = self.weight = 0.0
+        self.waiting = 0
 
     def flips(self, signs_OI: Tensor, grad_OI: Tensor, step: int) -> Tensor:
         """See kbop_core.baselines.flip_rules.Rule."""
@@ -68,7 +73,9 @@ class ShareRule:
         if self.curvature:
             scores -= self.curvature * scores.square().mean().sqrt()
         flat = scores.reshape(-1)
-        count = self._count(step, flat.numel())
+        self.waiting += self._count(step, flat.numel())
+        turn = step % self.every == self.phase or step == self.schedule.steps - 1
+        count, self.waiting = (self.waiting, 0) if turn else (0, self.waiting)
         best = flat.topk(min(count + 1, flat.numel())).values
         mask = scores > flip_threshold(best, count) if count else torch.zeros_like(scores, dtype=torch.bool)
         self.evidence = torch.where(mask, self.kept_at_flip * self.evidence, self.evidence)

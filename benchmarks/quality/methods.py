@@ -116,16 +116,24 @@ def binarymos(task: Task, config: RunConfig) -> Student:
 # -- latent-free --------------------------------------------------------------------------------------------------
 
 
-def _part(name: str) -> str:
-    return "attention" if "attn" in name else "mlp"
+def _flipping(layers: Mapping[str, BinaryLinear], only: str) -> list[str]:
+    """Names of the layers that flip: "all", those of "attention" or "mlp", of the "early" or the "late" half."""
+    names = list(layers)
+    half = len(names) // 2
+    parts = {"all": names, "early": names[:half], "late": names[half:]}
+    parts |= {"attention": [n for n in names if "attn" in n], "mlp": [n for n in names if "attn" not in n]}
+    return parts[only]
 
 
 class _DenseFlipper:
     """Runs one `Rule` per layer on dense signs and counts reversals."""
 
     def __init__(self, layers: Mapping[str, BinaryLinear], rule: Callable[[], Rule], only: str) -> None:
-        self.flipping = [name for name in layers if only in ("all", _part(name))]
+        self.flipping = _flipping(layers, only)
         self.layers, self.rules = layers, {name: rule() for name in layers}
+        for place, own in enumerate(self.rules.values()):
+            if isinstance(own, ShareRule):
+                own.phase = place % own.every
         self.signs = {name: layer.signs() for name, layer in layers.items()}
         self.flipped = {name: torch.zeros_like(s, dtype=torch.bool) for name, s in self.signs.items()}
         self.gradients: dict[str, Tensor] = {}

@@ -143,5 +143,6 @@ KNOBS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("batch", "late_batch", (2, 4)),
     ("finish", "finish", (0.1, 0.25)),
     ("finish", "average", (0.1, 0.25)),
-    ("which layers flip", "only", ("attention", "mlp")),
+    ("which layers flip when", "only", ("attention", "mlp", "early", "late")),
+    ("which layers flip when", "every", (2, 7)),
 )

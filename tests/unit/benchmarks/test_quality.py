@@ -42,6 +42,17 @@ def test_the_laboratorys_rule_with_its_defaults_flips_nearly_what_the_product_fl
     assert int((ours & theirs).sum()) > 0.65 * int((ours | theirs).sum())
 
 
+def test_layers_that_take_turns_make_as_many_flips_in_fewer_steps() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.rand(32, 64, generator=generator) + 0.1 for _ in range(20)]
+    made = {}
+    for every in (1, 4):
+        rule = ShareRule(FlipSchedule(0.02, 20, 1), every=every, phase=every - 1)
+        made[every] = [int(rule.flips(torch.ones(32, 64), g, t).sum()) for t, g in enumerate(gradients)]
+    assert sum(made[1]) == sum(made[4]) > 200
+    assert [t for t, flips in enumerate(made[4]) if flips] == [3, 7, 11, 15, 19]
+
+
 @pytest.mark.parametrize("knobs", [{}, {"normalisation": "element"}, {"shape": "linear"}])
 def test_every_knob_leaves_a_zero_gradient_without_flips(knobs: dict[str, Any]) -> None:
     rule = ShareRule(FlipSchedule(0.5, 4, 1), **knobs)
