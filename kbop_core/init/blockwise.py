@@ -24,13 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from kbop_core.full_precision import SCALE_LR, parameter_groups
+from kbop_core.init.stream import BlockCall, block_output
 from kbop_core.kbop import KBOP
 from kbop_core.layers import BinaryLayer
 from kbop_core.schedules import FlipSchedule, warmup_cosine
 from kbop_core.shard import Gang
-
-#: Arguments of one call of a block.
-BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ def reconstruct_block(
     targets, level = _targets(teacher_block, calls, gang)
 
     def error(place: int) -> Tensor:
-        return (_output(block, _cast(calls[place][0])) - targets[place]).square().mean() / level
+        return (block_output(block, _cast(calls[place][0])) - targets[place]).square().mean() / level
 
     block.float()
     started = _mean_error(error, len(calls), gang)
@@ -168,7 +166,7 @@ def _targets(
     """The teacher's outputs, float32, and the mean square of what its block adds, over all ranks."""
     targets, sums = [], torch.zeros(2, dtype=torch.float64)
     for _, (args, kwargs) in calls:
-        target = _output(teacher_block, (args, kwargs)).detach().float()
+        target = block_output(teacher_block, (args, kwargs)).detach().float()
         added = target - (args[0] if args else kwargs["hidden_states"]).float()
         sums += torch.tensor([float(added.square().sum()), float(added.numel())], dtype=torch.float64)
         targets.append(target)
@@ -201,12 +199,6 @@ def _reached(
             handle.remove()
     device = next(iter(layers.values())).weight.device
     return int(gang.sum(torch.tensor([wrong], device=device))) == 0
-
-
-def _output(block: nn.Module, call: BlockCall) -> Tensor:
-    out = block(*call[0], **call[1])
-    hidden: Tensor = out[0] if isinstance(out, tuple) else out
-    return hidden
 
 
 def _cast(value: Any) -> Any:

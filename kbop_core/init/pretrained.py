@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from kbop_core.convert import BinaryEntry, ConversionPlan, binary_layers, linear_weight, to_binary
-from kbop_core.init.blockwise import BlockCall, BlockEffort, reconstruct_block
+from kbop_core.init.blockwise import BlockEffort, reconstruct_block
 from kbop_core.init.fit import FitEffort, fit_layer
+from kbop_core.init.stream import BlockCall, BlockStream, check_chain
 from kbop_core.shard import Gang
 
 #: Called with (done, in all): a layer's fit counts one, so does a step of a block's reconstruction.
@@ -44,10 +45,6 @@ class InitEffort:
 
     fit: FitEffort | LayerFit = field(default_factory=FitEffort)
     blockwise: BlockEffort | None = None
-
-
-class _Reached(Exception):
-    """Ends a forward pass at the block whose inputs were wanted."""
 
 
 @torch.no_grad()
@@ -77,54 +74,41 @@ def pretrained_init(
 
     Raises:
         ValueError: a rank without a calibration window; it would group the layers differently from the others.
+        UnsupportedModel: the decoder blocks do not simply follow each other.
     """
     if not batches:
         raise ValueError("a rank has no calibration window; give each rank at least one")
     gang, effort, done = gang or Gang(), effort or InitEffort(), 0
     blockwise = effort.blockwise
     blocks = {block: {e.name: e for e in plan.binary if e.name.startswith(block + ".")} for block in plan.blocks}
-    blocks = {block: entries for block, entries in blocks.items() if entries}
-    total = len(plan.binary) + (blockwise.steps * len(blocks) if blockwise else 0)
+    total = len(plan.binary) + (blockwise.steps * sum(map(bool, blocks.values())) if blockwise else 0)
     errors: dict[str, float | None] = {}
+    check_chain(teacher, plan.blocks, batches[0])
+    streams = [(BlockStream(model, plan.blocks, batch), BlockStream(teacher, plan.blocks, batch)) for batch in batches]
     for block, entries in blocks.items():
-        calls = [(_block_call(model, block, batch), _block_call(teacher, block, batch)) for batch in batches]
-        for stage in _stages(model, block, entries, calls[0][0]):
+        calls = [(ours.call(block), theirs.call(block)) for ours, theirs in streams] if entries else []
+        for stage in _stages(model, block, entries, calls[0][0]) if entries else ():
             moments = _input_moments(model, teacher, block, stage[0], calls, gang)
             for entry in stage:
                 _fit_entry(model, entry, plan.group_size, moments, effort.fit, gang)
                 done += 1
                 progress(done, total)
-        if blockwise:
+        if blockwise and entries:
             layers = {name: layer for name, layer in binary_layers(model).items() if name in entries}
-            ours, theirs = model.get_submodule(block), teacher.get_submodule(block)
             tell = partial(_tell, progress, done, total)
-            errors[block] = reconstruct_block(ours, layers, theirs, calls, blockwise, gang, tell)
+            pair = model.get_submodule(block), teacher.get_submodule(block)
+            errors[block] = reconstruct_block(pair[0], layers, pair[1], calls, blockwise, gang, tell)
             done += blockwise.steps
             if errors[block] is None:
                 progress(done, total)
+        for ours, theirs in streams:
+            ours.advance(model, block)
+            theirs.advance(teacher, block)
     return errors
 
 
 def _tell(progress: Progress, before: int, total: int, steps: int) -> None:
     progress(before + steps, total)
-
-
-def _block_call(model: nn.Module, block: str, batch: Tensor) -> BlockCall:
-    """What the model hands to a block for this batch: everything before it runs, nothing after."""
-    caught: list[BlockCall] = []
-
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append((args, kwargs))
-        raise _Reached
-
-    handle = model.get_submodule(block).register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        model(input_ids=batch, use_cache=False)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    return caught[0]
 
 
 @contextmanager

@@ -1,0 +1,135 @@
+"""Owns the way of a batch through the decoder blocks, one block at a time: what each is called with.
+
+Refuses to change any block. A block's output is the next one's input, so a walk over L blocks costs L calls and not
+L²/2, and at any time only one block has to be where it can run. What else a block is called with (positions, masks,
+which may differ from block to block) is recorded in one pass of the model whose blocks, but for the first, hand on what
+they are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kbop_core.errors import UnsupportedModel
+
+#: Arguments of one call of a block.
+BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
+#: Name of the argument that holds the hidden states where it is not the first one.
+HIDDEN = "hidden_states"
+#: What to do about a model that cannot be walked.
+NO_CHAIN = "its blocks cannot be fitted one after the other: use a model whose decoder is a chain of blocks"
+
+
+class BlockStream:
+    """One batch in front of one block of one model.
+
+    Attributes:
+        hidden: what the next block reads, (B, T, d).
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, blocks: Sequence[str], ids_BT: Tensor) -> None:
+        """Stand in front of the first block.
+
+        Args:
+            model: in eval mode; not changed.
+            blocks: names of all its decoder blocks, in the order they run.
+            ids_BT: token ids, int64.
+
+        Raises:
+            UnsupportedModel: the blocks are not called once each, in this order.
+        """
+        self._calls: dict[str, BlockCall] = {}
+        with _handing_on(model, blocks, self._calls):
+            model(input_ids=ids_BT, use_cache=False)
+        if list(self._calls) != list(blocks):
+            raise UnsupportedModel(
+                f"{type(model).__name__} calls {len(self._calls)} of its {len(blocks)} blocks, or in another order",
+                NO_CHAIN,
+            )
+        self.hidden = _hidden(self._calls[blocks[0]])
+
+    def call(self, block: str) -> BlockCall:
+        """What `block`, the next one, is called with."""
+        args, kwargs = self._calls[block]
+        return ((self.hidden, *args[1:]), kwargs) if args else (args, kwargs | {HIDDEN: self.hidden})
+
+    @torch.no_grad()
+    def advance(self, model: nn.Module, block: str) -> None:
+        """Pass the next block, as it now is in `model`."""
+        self.hidden = block_output(model.get_submodule(block), self.call(block))
+
+
+def block_output(block: nn.Module, call: BlockCall) -> Tensor:
+    """The hidden states that a block gives, (B, T, d)."""
+    return _first(block(*call[0], **call[1]))
+
+
+def _first(out: Any) -> Tensor:
+    hidden: Tensor = out[0] if isinstance(out, tuple) else out
+    return hidden
+
+
+def check_chain(model: nn.Module, blocks: Sequence[str], ids_BT: Tensor) -> None:
+    """Walk a model and compare: the last block must give what it gives in an ordinary pass.
+
+    Raises:
+        UnsupportedModel: something besides the hidden states passes from block to block.
+    """
+    stream = BlockStream(model, blocks, ids_BT)
+    for block in blocks:
+        stream.advance(model, block)
+    given: list[Tensor] = []
+
+    def see(_: nn.Module, __: Any, out: Any) -> None:
+        given.append(_first(out))
+
+    handle = model.get_submodule(blocks[-1]).register_forward_hook(see)
+    try:
+        with torch.no_grad():
+            model(input_ids=ids_BT, use_cache=False)
+    finally:
+        handle.remove()
+    if not torch.allclose(stream.hidden, given[0], rtol=1e-2, atol=1e-2 * float(given[0].abs().max())):
+        raise UnsupportedModel(
+            f"the decoder blocks of {type(model).__name__} hand on more than hidden states",
+            NO_CHAIN,
+        )
+
+
+def _hidden(call: BlockCall) -> Tensor:
+    hidden: Tensor = call[0][0] if call[0] else call[1][HIDDEN]
+    return hidden
+
+
+@contextmanager
+def _handing_on(model: nn.Module, blocks: Sequence[str], calls: dict[str, BlockCall]) -> Iterator[None]:
+    """Until the end of the block, each decoder block notes what it is called with, and only the first one computes."""
+    modules = {name: model.get_submodule(name) for name in blocks}
+    first, form = modules[blocks[0]], list[Any]()
+
+    def stand_in(name: str, module: nn.Module) -> Any:
+        real = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            calls[name] = (args, kwargs)
+            if module is first:
+                form.append(real(*args, **kwargs))
+                return form[0]
+            hidden = _hidden(calls[name])
+            return (hidden, *form[0][1:]) if form and isinstance(form[0], tuple) else hidden
+
+        return forward
+
+    for name, module in modules.items():
+        module.__dict__["forward"] = stand_in(name, module)
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            del module.__dict__["forward"]
