@@ -122,6 +122,11 @@ class ResourceSpec(Strict):
     max_micro_batch: int = Field(
         default=8, ge=1, le=4096, description="Windows a rank may hold in one micro-step; the rest is accumulated."
     )
+    offload: Literal["none", "blocks"] = Field(
+        default="none",
+        description="`blocks`: the model's decoder blocks stay on disk and are in memory one at a time, so that models "
+        "larger than the memory can be binarized; effort `quick` only.",
+    )
     zero_stage: Literal[0, 1, 2] = Field(
         default=1,
         description="DeepSpeed ZeRO stage of the full-precision parameters (scales, norms, embeddings, head).",
@@ -172,6 +177,8 @@ class JobSpec(Strict):
             raise ValueError(f"method.{idle[0]} has no effect with effort 'quick' (no training): drop it")
         if self.init == "random" and (idle := self.method.changed(("calibration_tokens", "blockwise_steps"))):
             raise ValueError(f"method.{idle[0]} has no effect with init 'random': drop it")
+        if self.resources.offload == "blocks" and self.train_tokens:
+            raise ValueError("resources.offload 'blocks' trains block by block: use effort 'quick', or offload 'none'")
         if self.method.effort == "max" and self.method.tokens is not None:
             raise ValueError("method.tokens replaces what effort 'max' stands for: give one of the two")
         if self.method.effort == "quick" and self.init == "random":

@@ -24,7 +24,7 @@ from jobs.sources import ModelSource, locate_model
 from jobs.spec import JobSpec
 from jobs.stop import Stop
 from kbop_core.convert import ConversionPlan, plan_conversion
-from kbop_core.hf import Model, Tokenizer, load_model, load_tokenizer
+from kbop_core.hf import Model, Tokenizer, load_lazily, load_model, load_tokenizer
 from kbop_core.loop import StepLayout, layout_steps
 from kbop_core.shard import Gang
 from kbop_core.text import Windows
@@ -87,9 +87,12 @@ class Workspace:
         return self.fresh_model()
 
     def fresh_model(self) -> Model:
-        """Another copy of the model as it was given, to be changed."""
+        """Another copy of the model as it was given, to be changed; its blocks stay on disk if the spec says so."""
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        return load_model(self.model_source.location, self.model_source.revision, dtype).to(self.device)
+        source = self.model_source
+        if self.spec.resources.offload == "blocks":
+            return load_lazily(source.location, source.revision, dtype, self.device)
+        return load_model(source.location, source.revision, dtype).to(self.device)
 
     @cached_property
     def plan(self) -> ConversionPlan:

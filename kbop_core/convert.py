@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kbop_core.errors import BadWeights, NothingToBinarize, UnsupportedModel
 from kbop_core.layers import BinaryLinear, group_count
+from kbop_core.lazy import blocks_on_disk, keep, resident
 
 #: Last part of the name of small linears that pick experts; a wrong expert costs far more than their few bits save.
 ROUTER_NAMES = frozenset({"gate", "router"})
@@ -94,7 +95,7 @@ def plan_conversion(model: nn.Module, group_size: int, keep: Sequence[str] = ())
     """
     if group_size < 1:
         raise ValueError(f"group_size is {group_size}; legal: 1 or more")
-    blocks = _decoder_blocks(model)
+    blocks = decoder_blocks(model)
     linears = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if _is_linear(m)]
     unused = [p for p in keep if not any(fnmatch.fnmatchcase(n, p) for n, _ in linears)]
     if unused:
@@ -141,12 +142,19 @@ def check_finite(model: nn.Module) -> None:
     Raises:
         BadWeights: names the first tensor and how many there are.
     """
-    bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    bad = _not_finite(model)
+    for block in blocks_on_disk(model):
+        with resident(model, block):
+            bad += _not_finite(model)
     if bad:
         raise BadWeights(
             f"NaN or infinity in {len(bad)} tensors of the model, first {bad[0]}",
             "repair or re-download the checkpoint",
         )
+
+
+def _not_finite(model: nn.Module) -> list[str]:
+    return [n for n, p in model.named_parameters() if not p.is_meta and not bool(torch.isfinite(p).all())]
 
 
 @torch.no_grad()
@@ -171,7 +179,12 @@ def to_binary(model: nn.Module, entry: BinaryEntry, group_size: int, *, trainabl
 
 def convert_plain(model: nn.Module, plan: ConversionPlan, *, trainable: bool) -> dict[str, BinaryLinear]:
     """Plain binarization of every layer of the plan, in place: the start of training and the baseline of the report."""
-    return {e.name: to_binary(model, e, plan.group_size, trainable=trainable) for e in plan.binary}
+    layers: dict[str, BinaryLinear] = {}
+    for block in plan.blocks:
+        keep(model, block)
+        inside = [e for e in plan.binary if e.name.startswith(block + ".")]
+        layers |= {e.name: to_binary(model, e, plan.group_size, trainable=trainable) for e in inside}
+    return layers
 
 
 def binary_layers(model: nn.Module) -> dict[str, BinaryLinear]:
@@ -191,7 +204,7 @@ def insert_empty(model: nn.Module, names: Sequence[str], group_size: int) -> Non
         model.set_submodule(name, layer)
 
 
-def _decoder_blocks(model: nn.Module) -> tuple[str, ...]:
+def decoder_blocks(model: nn.Module) -> tuple[str, ...]:
     """Names of the decoder blocks: the longest list of modules whose class the model declares as unsplittable.
 
     Models that declare nothing: the longest `ModuleList` that holds linears.

@@ -10,10 +10,13 @@ is called `weight` and has another shape.
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -24,14 +27,17 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from kbop_core.convert import binary_layers, insert_empty
+from kbop_core.convert import binary_layers, decoder_blocks, insert_empty
 from kbop_core.errors import BadCheckpoint, BadWeights, ModelError
 from kbop_core.layers import BinaryLinear
+from kbop_core.lazy import ShardedWeights, make_lazy
 
 Model = PreTrainedModel
 Tokenizer = PreTrainedTokenizerBase
@@ -143,6 +149,38 @@ def load_model(location: str, revision: str | None = None, dtype: torch.dtype = 
             "repair or re-download the checkpoint",
         )
     return model.eval().requires_grad_(False)
+
+
+def load_lazily(location: str, revision: str | None, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The same model with its decoder blocks left on disk (lazy.py); a hub model's files are downloaded first.
+
+    Raises:
+        ModelError, BadWeights, UnsupportedModel: as load_model, or blocks that cannot be loaded one by one.
+    """
+    try:
+        folder = (
+            location
+            if Path(location).is_dir()
+            else snapshot_download(location, revision=revision, allow_patterns=["*.safetensors", "*.json"])
+        )
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(
+            f"cannot load {location}: {error}", "give a decoder-only model that transformers loads from safetensors"
+        ) from error
+    model.eval().requires_grad_(False)
+    renamings = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
+
+    def rename(name: str) -> str:
+        return reduce(lambda found, renaming: str(renaming.rename_source_key(found)[0]), renamings, name)
+
+    weights = ShardedWeights(Path(folder), dtype, device, f"{model.base_model_prefix}.", rename)
+    tied = tuple(model._tied_weights_keys or ()) if config.tie_word_embeddings else ()
+    make_lazy(model, decoder_blocks(model), weights, tied)
+    model.tie_weights()
+    return model
 
 
 def load_tokenizer(location: str, revision: str | None = None) -> PreTrainedTokenizerBase:

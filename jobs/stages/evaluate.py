@@ -17,6 +17,7 @@ from jobs.workspace import Workspace
 from kbop_core.checkpoint import load_student
 from kbop_core.convert import convert_plain
 from kbop_core.hf import Model, generate, load_model, vocabulary_size
+from kbop_core.lazy import blocks_on_disk
 from kbop_core.perplexity import Quality
 from kbop_core.perplexity import evaluate as score
 from kbop_core.text import Windows
@@ -66,17 +67,18 @@ def _score(space: Workspace, model: nn.Module, windows: Windows, compare: bool) 
 
 
 def _samples(space: Workspace, packed: Model, sets: list[tuple[str, Windows]]) -> list[dict[str, str]]:
-    """Greedy continuations of the starts of evaluation windows, by the teacher and by the packed model."""
+    """Greedy continuations of the starts of evaluation windows, by the teacher and by the packed model.
+
+    A teacher whose blocks are on disk would be read once for every token: it is left out.
+    """
+    models = {"kbop": packed} if blocks_on_disk(space.teacher) else {"teacher": space.teacher, "kbop": packed}
     windows = sets[0][1]
     rows = range(0, len(windows.ids_NT), max(1, len(windows.ids_NT) // SAMPLES))[:SAMPLES]
     starts = [windows.ids_NT[row, : min(PROMPT_TOKENS, int(windows.lengths_N[row]))] for row in rows]
     prompts = [space.tokenizer.decode(start, skip_special_tokens=True) for start in starts]
     return [
-        {
-            "prompt": prompt,
-            "teacher": generate(space.teacher, space.tokenizer, prompt, SAMPLE_TOKENS),
-            "kbop": generate(packed, space.tokenizer, prompt, SAMPLE_TOKENS),
-        }
+        {"prompt": prompt}
+        | {name: generate(model, space.tokenizer, prompt, SAMPLE_TOKENS) for name, model in models.items()}
         for prompt in prompts
         if prompt.strip()
     ]

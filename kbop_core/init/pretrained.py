@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from kbop_core.convert import BinaryEntry, ConversionPlan, binary_layers, linear_weight, to_binary
 from kbop_core.init.blockwise import BlockEffort, reconstruct_block
 from kbop_core.init.fit import FitEffort, fit_layer
-from kbop_core.init.stream import BlockCall, BlockStream, check_chain
+from kbop_core.init.stream import BlockCall, BlockStream, Calls, check_chain
+from kbop_core.lazy import blocks_on_disk, keep, resident
 from kbop_core.shard import Gang
 
 #: Called with (done, in all): a layer's fit counts one, so does a step of a block's reconstruction.
@@ -79,32 +80,60 @@ def pretrained_init(
     if not batches:
         raise ValueError("a rank has no calibration window; give each rank at least one")
     gang, effort, done = gang or Gang(), effort or InitEffort(), 0
-    blockwise = effort.blockwise
+    steps = effort.blockwise.steps if effort.blockwise else 0
     blocks = {block: {e.name: e for e in plan.binary if e.name.startswith(block + ".")} for block in plan.blocks}
-    total = len(plan.binary) + (blockwise.steps * sum(map(bool, blocks.values())) if blockwise else 0)
+    total = len(plan.binary) + steps * sum(map(bool, blocks.values()))
     errors: dict[str, float | None] = {}
     check_chain(teacher, plan.blocks, batches[0])
-    streams = [(BlockStream(model, plan.blocks, batch), BlockStream(teacher, plan.blocks, batch)) for batch in batches]
+    streams = _streams(model, teacher, plan.blocks, batches)
     for block, entries in blocks.items():
-        calls = [(ours.call(block), theirs.call(block)) for ours, theirs in streams] if entries else []
-        for stage in _stages(model, block, entries, calls[0][0]) if entries else ():
-            moments = _input_moments(model, teacher, block, stage[0], calls, gang)
-            for entry in stage:
-                _fit_entry(model, entry, plan.group_size, moments, effort.fit, gang)
+        keep(model, block)
+        with resident(teacher, block):
+            calls = Calls(streams, block)
+            for _ in _fit_layers((model, teacher), block, entries, calls, plan.group_size, effort.fit, gang):
                 done += 1
                 progress(done, total)
-        if blockwise and entries:
-            layers = {name: layer for name, layer in binary_layers(model).items() if name in entries}
-            tell = partial(_tell, progress, done, total)
-            pair = model.get_submodule(block), teacher.get_submodule(block)
-            errors[block] = reconstruct_block(pair[0], layers, pair[1], calls, blockwise, gang, tell)
-            done += blockwise.steps
-            if errors[block] is None:
-                progress(done, total)
-        for ours, theirs in streams:
-            ours.advance(model, block)
-            theirs.advance(teacher, block)
+            if entries and effort.blockwise:
+                layers = {name: layer for name, layer in binary_layers(model).items() if name in entries}
+                pair = model.get_submodule(block), teacher.get_submodule(block)
+                tell = partial(_tell, progress, done, total)
+                errors[block] = reconstruct_block(pair[0], layers, pair[1], calls, effort.blockwise, gang, tell)
+                done += steps
+                if errors[block] is None:
+                    progress(done, total)
+            for ours, theirs in streams:
+                ours.advance(model, block)
+                theirs.advance(teacher, block)
     return errors
+
+
+def _streams(
+    model: nn.Module, teacher: nn.Module, blocks: Sequence[str], batches: Sequence[Tensor]
+) -> list[tuple[BlockStream, BlockStream]]:
+    """The student's and the teacher's stream of each batch; those of lazy models wait in host memory."""
+    on_host = bool(blocks_on_disk(teacher))
+    with resident(model, blocks[0]), resident(teacher, blocks[0]):
+        return [
+            (BlockStream(model, blocks, ids, on_host), BlockStream(teacher, blocks, ids, on_host)) for ids in batches
+        ]
+
+
+def _fit_layers(
+    models: tuple[nn.Module, nn.Module],
+    block: str,
+    entries: dict[str, BinaryEntry],
+    calls: Sequence[tuple[BlockCall, BlockCall]],
+    group_size: int,
+    fit: FitEffort | LayerFit,
+    gang: Gang,
+) -> Iterator[None]:
+    """Fit the student's layers of a block in the order they run, beside the teacher's; yields after each."""
+    model, teacher = models
+    for stage in _stages(model, block, entries, calls[0][0]) if entries else ():
+        moments = _input_moments(model, teacher, block, stage[0], calls, gang)
+        for entry in stage:
+            _fit_entry(model, entry, group_size, moments, fit, gang)
+            yield
 
 
 def _tell(progress: Progress, before: int, total: int, steps: int) -> None:

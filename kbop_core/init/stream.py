@@ -3,7 +3,7 @@
 Refuses to change any block. A block's output is the next one's input, so a walk over L blocks costs L calls and not
 L²/2, and at any time only one block has to be where it can run. What else a block is called with (positions, masks,
 which may differ from block to block) is recorded in one pass of the model whose blocks, but for the first, hand on what
-they are given.
+they are given. Between its blocks a batch can wait in host memory.
 """
 
 from __future__ import annotations
@@ -29,17 +29,19 @@ class BlockStream:
     """One batch in front of one block of one model.
 
     Attributes:
-        hidden: what the next block reads, (B, T, d).
+        hidden: what the next block reads, (B, T, d), where the stream waits.
+        device: where blocks run.
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, blocks: Sequence[str], ids_BT: Tensor) -> None:
+    def __init__(self, model: nn.Module, blocks: Sequence[str], ids_BT: Tensor, on_host: bool = False) -> None:
         """Stand in front of the first block.
 
         Args:
             model: in eval mode; not changed.
             blocks: names of all its decoder blocks, in the order they run.
             ids_BT: token ids, int64.
+            on_host: whether to wait in host memory.
 
         Raises:
             UnsupportedModel: the blocks are not called once each, in this order.
@@ -52,17 +54,38 @@ class BlockStream:
                 f"{type(model).__name__} calls {len(self._calls)} of its {len(blocks)} blocks, or in another order",
                 NO_CHAIN,
             )
-        self.hidden = _hidden(self._calls[blocks[0]])
+        first = _hidden(self._calls[blocks[0]])
+        self.device, self._on_host = first.device, on_host
+        self._calls = {name: _without_hidden(call) for name, call in self._calls.items()}
+        self._wait(first)
+
+    def _wait(self, hidden: Tensor) -> None:
+        self.hidden = hidden.cpu() if self._on_host else hidden
 
     def call(self, block: str) -> BlockCall:
         """What `block`, the next one, is called with."""
         args, kwargs = self._calls[block]
-        return ((self.hidden, *args[1:]), kwargs) if args else (args, kwargs | {HIDDEN: self.hidden})
+        hidden = self.hidden.to(self.device)
+        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {HIDDEN: hidden})
 
     @torch.no_grad()
     def advance(self, model: nn.Module, block: str) -> None:
         """Pass the next block, as it now is in `model`."""
-        self.hidden = block_output(model.get_submodule(block), self.call(block))
+        self._wait(block_output(model.get_submodule(block), self.call(block)))
+
+
+class Calls(Sequence[tuple[BlockCall, BlockCall]]):
+    """What the same block of two models is called with, batch after batch; each pair is made when it is asked for."""
+
+    def __init__(self, streams: Sequence[tuple[BlockStream, BlockStream]], block: str) -> None:
+        self._streams, self._block = streams, block
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def __getitem__(self, place: Any) -> Any:
+        ours, theirs = self._streams[place]
+        return ours.call(self._block), theirs.call(self._block)
 
 
 def block_output(block: nn.Module, call: BlockCall) -> Tensor:
@@ -105,6 +128,11 @@ def check_chain(model: nn.Module, blocks: Sequence[str], ids_BT: Tensor) -> None
 def _hidden(call: BlockCall) -> Tensor:
     hidden: Tensor = call[0][0] if call[0] else call[1][HIDDEN]
     return hidden
+
+
+def _without_hidden(call: BlockCall) -> BlockCall:
+    args, kwargs = call
+    return ((None, *args[1:]), kwargs) if args else (args, kwargs | {HIDDEN: None})
 
 
 @contextmanager

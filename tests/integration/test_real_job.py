@@ -13,6 +13,8 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 
 pytestmark = pytest.mark.timeout(480)
 
@@ -311,3 +313,18 @@ def test_a_job_from_random_signs_learns_something(server, finished, tiny):
 def test_no_process_is_left_behind(server, finished):
     jobs = [job["id"] for job in server.http.get("/v1/jobs").json()["data"]]
     assert jobs and not any(server.ranks(job_id, attempt) for job_id in jobs for attempt in (1, 2))
+
+
+def test_a_model_whose_blocks_stay_on_disk_gives_the_same_checkpoint(server, tiny):
+    """The teacher's continuations are left out: each of their tokens would read the whole model again."""
+    tensors, reports = [], []
+    for offload in ("none", "blocks"):
+        method = {"effort": "quick", "calibration_tokens": 2048, "blockwise_steps": 10}
+        job_id = server.submit(tiny.spec(method=method, resources={"gpus": 2, "offload": offload}))
+        server.succeeded(job_id)
+        tensors.append(safetensors.torch.load(server.content(job_id, "model.safetensors")))
+        reports.append(server.report(job_id))
+    whole, lazy = tensors
+    assert whole.keys() == lazy.keys() and all(torch.equal(whole[name], lazy[name]) for name in whole)
+    assert reports[0]["perplexity"] == reports[1]["perplexity"]
+    assert "teacher" in reports[0]["samples"][0] and "teacher" not in reports[1]["samples"][0]

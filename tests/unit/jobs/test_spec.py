@@ -23,6 +23,7 @@ BASE: dict[str, Any] = {"model": "builtin:demo", "data": [{"source": "builtin:py
         ({"method": {"effort": "quick", "evidence": "int8"}}, "method.evidence has no effect"),
         ({"method": {"effort": "max", "tokens": 5}}, "give one of the two"),
         ({"method": {"effort": "quick"}, "init": "random"}, "keeps the initial signs"),
+        ({"resources": {"offload": "blocks"}}, "trains block by block: use effort 'quick'"),
         ({"method": {"calibration_tokens": 9}, "init": "random"}, "calibration_tokens has no effect"),
         ({"method": {"blockwise_steps": 9}, "init": "random"}, "blockwise_steps has no effect"),
     ],
