@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+#: Below this log-probability the rest of a teacher's distribution counts as nothing.
+LEAST_REST = -40.0
 
 
 class _KullbackLeibler(torch.autograd.Function):
@@ -48,6 +52,45 @@ def kl_to_log_probs(student_BTV: Tensor, log_p_BTV: Tensor) -> Tensor:
     logits, log_p = student_BTV.float().reshape(-1, vocabulary), log_p_BTV.reshape(-1, vocabulary)
     loss: Tensor = _KullbackLeibler.apply(logits, log_p)  # type: ignore[no-untyped-call]
     return loss
+
+
+@dataclass(frozen=True)
+class TopTargets:
+    """A teacher's k likeliest tokens at each position, and the rest as one: what a cache on disk can hold.
+
+    Attributes:
+        ids_BTK: int64 token ids.
+        log_p_BTK: their natural log-probabilities, float32.
+        log_rest_BT: log-probability of all other tokens together, float32; −∞ where there are none.
+    """
+
+    ids_BTK: Tensor
+    log_p_BTK: Tensor
+    log_rest_BT: Tensor
+
+
+@torch.no_grad()
+def top_targets(log_p_BTV: Tensor, k: int) -> TopTargets:
+    """The k likeliest tokens of a teacher's log-probabilities, 1 ≤ k ≤ V."""
+    best, ids = log_p_BTV.topk(k)
+    rest = log_p_BTV.scatter(-1, ids, -torch.inf).logsumexp(-1)
+    return TopTargets(ids, best, rest)
+
+
+def top_k_loss(student_BTV: Tensor, targets: TopTargets) -> Tensor:
+    """Mean KL(teacher ‖ student) of the distribution over k tokens and "any other", nats per token.
+
+    It is at most the whole KL (data processing), equal to it for k = V, and unlike a renormalised top-k it is 0 only
+    where the student gives the rest its due.
+    """
+    logits = student_BTV.float()
+    whole = logits.logsumexp(-1, keepdim=True)
+    log_q = logits.gather(-1, targets.ids_BTK) - whole
+    rest_q = logits.scatter(-1, targets.ids_BTK, -torch.inf).logsumexp(-1) - whole.squeeze(-1)
+    kl = (targets.log_p_BTK.exp() * (targets.log_p_BTK - log_q)).sum(-1)
+    some = targets.log_rest_BT > LEAST_REST
+    safe = torch.where(some, targets.log_rest_BT - torch.where(some, rest_q, 0.0), 0.0)
+    return (kl + targets.log_rest_BT.exp() * safe).mean()
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.quality.tasks import CONTEXT, Task
-from kbop_core.distill import kl_to_log_probs
+from kbop_core.distill import kl_to_log_probs, top_k_loss, top_targets
 from kbop_core.full_precision import OTHER_LR, SCALE_LR, parameter_groups
 from kbop_core.perplexity import Quality, evaluate
 from kbop_core.schedules import warmup_cosine
@@ -24,8 +24,6 @@ from kbop_core.text import WindowOrder
 
 #: Share of the steps in which all rates rise; AdamW's (β₁, β₂); largest norm of the gradient. The same for all methods.
 WARMUP, BETAS, CLIP = 0.05, (0.9, 0.95), 1.0
-#: Log-probability of a token that `top_k` forgets.
-FORGOTTEN = -60.0
 #: Last part of the names of latent weights.
 LATENT = "latent"
 #: Version of what all methods share, part of every run's key.
@@ -223,18 +221,19 @@ class _Trainer:
     def _loss(self, ids_BT: Tensor, log_p_BTV: Tensor) -> Tensor:
         """`distill` (1) times KL to the teacher; ablations add `hidden` alignment or `cross_entropy` of the text.
 
-        `temperature` T softens both sides, times T²; `top_k` forgets all but the teacher's k likeliest tokens.
+        `temperature` T softens both sides, times T²; `top_k` makes one of all but the teacher's k likeliest tokens.
         """
         options = self.config.options
         hidden = float(options.get("hidden", 0.0))
         out = self.student.model(input_ids=ids_BT, use_cache=False, output_hidden_states=hidden > 0)
         soft = float(options.get("temperature", 1.0))
-        if top := int(options.get("top_k", 0)):
-            least = log_p_BTV.topk(top).values[..., -1:]
-            log_p_BTV = log_p_BTV.masked_fill(log_p_BTV < least, FORGOTTEN)
-        if soft != 1.0 or top:
+        if soft != 1.0:
             log_p_BTV = (log_p_BTV / soft).log_softmax(-1)
-        loss = float(options.get("distill", 1.0)) * soft**2 * kl_to_log_probs(out.logits / soft, log_p_BTV)
+        if top := int(options.get("top_k", 0)):
+            loss = top_k_loss(out.logits / soft, top_targets(log_p_BTV, top))
+        else:
+            loss = kl_to_log_probs(out.logits / soft, log_p_BTV)
+        loss = float(options.get("distill", 1.0)) * soft**2 * loss
         if hidden:
             with torch.no_grad():
                 theirs = self.task.teacher(input_ids=ids_BT, use_cache=False, output_hidden_states=True).hidden_states

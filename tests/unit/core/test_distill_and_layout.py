@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kbop_core.distill import distillation_loss, teacher_logits
+from kbop_core.distill import distillation_loss, teacher_logits, top_k_loss, top_targets
 from kbop_core.loop import StepLayout, TrainConfig, layout_steps
 
 
@@ -29,6 +29,38 @@ def test_equal_logits_lose_nothing_and_pull_nowhere() -> None:
     assert float(loss.detach()) == pytest.approx(0.0, abs=1e-6)
     assert student.grad is not None
     assert float(student.grad.abs().max()) < 1e-6
+
+
+def test_top_k_is_the_kl_of_k_tokens_and_any_other() -> None:
+    student, teacher = torch.randn(2, 3, 7, dtype=torch.float64), torch.randn(2, 3, 7)
+    p, q = teacher.double().softmax(-1), student.float().double().softmax(-1)
+    order = teacher.argsort(-1, descending=True)
+    p, q = p.gather(-1, order), q.gather(-1, order)
+    p, q = (torch.cat([t[..., :3], t[..., 3:].sum(-1, keepdim=True)], -1) for t in (p, q))
+    found = top_k_loss(student, top_targets(teacher.log_softmax(-1), 3))
+    assert float(found) == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 4, 7])
+def test_top_k_never_exceeds_the_whole_kl_and_is_it_for_all_tokens(k: int) -> None:
+    student, teacher = torch.randn(2, 3, 7, requires_grad=True), torch.randn(2, 3, 7)
+    part = top_k_loss(student, top_targets(teacher.log_softmax(-1), k))
+    whole = distillation_loss(student, teacher)
+    (pull,) = torch.autograd.grad(part, student)
+    assert bool(pull.isfinite().all()) and float(pull.abs().max()) > 0
+    assert part < whole if k < 7 else part == pytest.approx(float(whole), rel=1e-5)
+    still = top_k_loss(teacher.requires_grad_(), top_targets(teacher.detach().log_softmax(-1), k))
+    assert float(still.detach()) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_teacher_that_is_sure_leaves_no_rest_and_no_nan() -> None:
+    teacher = torch.zeros(1, 1, 5)
+    teacher[..., 2] = 200.0
+    student = torch.randn(1, 1, 5, requires_grad=True)
+    loss = top_k_loss(student, top_targets(teacher.log_softmax(-1), 2))
+    loss.backward()
+    assert student.grad is not None and bool(student.grad.isfinite().all())
+    assert float(loss.detach()) == pytest.approx(float(-student.log_softmax(-1)[0, 0, 2]), rel=1e-5)
 
 
 def test_half_precision_logits_are_compared_in_float32() -> None:
