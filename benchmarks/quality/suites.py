@@ -19,7 +19,7 @@ from kbop_core.schedules import FLIP_RATE
 SHORT, MEDIUM, LONG = 800_000, 4_000_000, 40_000_000
 CALIBRATED = ("plain", "gptq", "arb", "bnn_init", "quick")
 #: The latent peers'.
-LATENT_RATES = (5e-4, 1e-3, 2e-3, 5e-3)
+LATENT_RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 #: Swept rate of each method: latent learning rates, thresholds, or rates as methods.py gives them to the method.
 SWEEPS: dict[str, tuple[float, ...]] = {
     "ste": LATENT_RATES,
