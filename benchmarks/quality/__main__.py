@@ -20,6 +20,8 @@ from benchmarks.quality.runner import run_all
 from benchmarks.quality.tasks import SOURCES, available_tasks
 from benchmarks.quality.training import RunConfig
 
+#: Methods of the suites that go beyond the sweep.
+HEADLINE = (*suites.PEERS, "kbop")
 SUITES = ("short", "medium", "seeds", "ablations", "long", "tables")
 
 
@@ -29,23 +31,33 @@ def main() -> None:
     for suite in options.suites:
         if suite == "tables":
             continue
-        for stage in range(2):  # winners can be named only after the sweep
-            run_all(_wanted(suite, tasks, options.methods, stage), options.workers)
+        if suite == "ablations":
+            run_all([run for _, _, run in suites.ablations(tasks[0])], options.workers)
+            continue
+        if suite == "short":
+            run_all(suites.calibrated(tasks), options.workers)
+        _sweep(tasks, options.methods or (suites.SWEEPS if suite == "short" else HEADLINE), options.workers)
+        run_all(_winners(suite, tasks, options.methods), options.workers)
     tables.write()
 
 
-def _wanted(suite: str, tasks: list[str], methods: list[str], stage: int) -> Iterable[RunConfig]:
-    if stage == 0:
-        if suite == "ablations":
-            return [run for _, _, run in suites.ablations(tasks[0])]
-        if suite == "short":
-            return [*suites.calibrated(tasks), *suites.sweep(tasks, methods=methods or suites.SWEEPS)]
-        return suites.sweep(tasks, methods=methods or (*suites.PEERS, "kbop"))
+def _sweep(tasks: list[str], methods: Iterable[str], workers: int) -> None:
+    """Run rates until the best of each method on each task is known."""
+    while True:
+        done = store.finished()
+        missing = [run for run in suites.bracket(tasks, list(methods), done) if store.key(run) not in done]
+        if not missing:
+            return
+        run_all(missing, workers)
+
+
+def _winners(suite: str, tasks: list[str], methods: list[str]) -> Iterable[RunConfig]:
+    """What a suite runs with the rates that its sweep has found."""
     budgets = {"medium": (suites.MEDIUM, (0,)), "long": (suites.LONG, (0,)), "seeds": (suites.SHORT, suites.SEEDS)}
     if suite not in budgets:
         return []
     tokens, seeds = budgets[suite]
-    return suites.winners(tasks, methods or (*suites.PEERS, "kbop"), tokens, seeds, store.finished())
+    return suites.winners(tasks, methods or HEADLINE, tokens, seeds, store.finished())
 
 
 def _parse() -> argparse.Namespace:

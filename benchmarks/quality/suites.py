@@ -1,7 +1,8 @@
 """Owns which runs make which table. Runs nothing.
 
-Rates are swept at the short budget with seed 0, each method by its validation perplexity on each task; longer budgets
-and other seeds take the winner. Ours is not swept: one set of defaults for all tasks.
+Rates are swept at the short budget with seed 0, each method by its validation perplexity on each task: the middle ones
+first, then outwards until the best lies between two that are worse, or at an end of the range. Longer budgets and other
+seeds take the winner. Ours is not swept: one set of defaults for all tasks.
 """
 
 from __future__ import annotations
@@ -64,6 +65,22 @@ def sweep(tasks: Iterable[str], tokens: int = SHORT, methods: Iterable[str] = SW
     for method in names:
         for rate in SWEEPS[method]:
             yield from (RunConfig(task, method, tokens, lr=rate) for task in tasks)
+
+
+def bracket(tasks: Iterable[str], methods: Iterable[str], done: Finished) -> Iterator[RunConfig]:
+    """Rates to run at the short budget with seed 0: the middle of each sweep, and the neighbours of the best so far.
+
+    Call it again when they have run, until it names none that are not done.
+    """
+    places = list(tasks)
+    for method in methods:
+        rates = SWEEPS[method]
+        for task in places:
+            wanted = {*(rates[1:-1] if len(rates) > 3 else rates)}
+            if found := best(task, method, done):
+                place = rates.index(found.lr)
+                wanted |= {*rates[max(0, place - 1) : place + 2]}
+            yield from (RunConfig(task, method, SHORT, lr=rate) for rate in sorted(wanted))
 
 
 def best(task: str, method: str, done: Finished, tokens: int = SHORT) -> RunConfig | None:
