@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -20,8 +21,26 @@ Share = Annotated[float, Field(ge=0.0, le=0.5)]
 LearningRate = Annotated[float, Field(ge=0.0, le=1.0)]
 SourceName = Annotated[str, Field(min_length=1, max_length=4096)]
 
-#: End-to-end training tokens of each effort level when `method.tokens` is not given (docs/quality.md).
-EFFORT_TOKENS: dict[str, int] = {"quick": 0, "standard": 800_000, "max": 4_000_000}
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an effort level stands for where the spec does not say otherwise.
+
+    Attributes:
+        tokens: of end-to-end training.
+        blockwise_steps: of each decoder block before it.
+    """
+
+    tokens: int
+    blockwise_steps: int
+
+
+#: Chosen from the bench: docs/quality.md, "What the effort levels buy".
+RECIPES: dict[str, Recipe] = {
+    "quick": Recipe(0, 400),
+    "standard": Recipe(800_000, 400),
+    "max": Recipe(4_000_000, 1600),
+}
 
 #: Fields of `method` that only training reads.
 TRAINING_FIELDS = ("batch_tokens", "flip_rate", "momentum", "evidence", "scale_lr", "other_lr")
@@ -54,7 +73,7 @@ class MethodSpec(Strict):
     effort: Effort = Field(
         default="standard",
         description="`quick`: BNN Init and block-wise reconstruction, nothing end to end. `standard` and `max`: KBOP "
-        "training end to end after them, with 0.8 and 4 million tokens.",
+        "training end to end after them, with 0.8 and 4 million tokens; `max` reconstructs blocks four times as long.",
     )
     tokens: int | None = Field(
         default=None, ge=1, le=10**13, description="Training tokens; replaces the effort level's own number."
@@ -94,12 +113,12 @@ class MethodSpec(Strict):
         le=2**28,
         description="Training tokens that BNN Init and block-wise reconstruction see.",
     )
-    blockwise_steps: int = Field(
-        default=400,
+    blockwise_steps: int | None = Field(
+        default=None,
         ge=0,
         le=10**6,
         description="Steps in which each decoder block learns its teacher block's output before training goes end to "
-        "end; 0: none.",
+        "end; 0: none; default: the effort level's own number, 400 or, with `max`, 1600.",
     )
 
     @field_validator("flip_rate", mode="before")
@@ -188,12 +207,15 @@ class JobSpec(Strict):
     @property
     def train_tokens(self) -> int:
         """End-to-end training tokens this job asks for; 0 means none."""
-        return EFFORT_TOKENS[self.method.effort] if self.method.tokens is None else self.method.tokens
+        return RECIPES[self.method.effort].tokens if self.method.tokens is None else self.method.tokens
 
     @property
     def blockwise_steps(self) -> int:
         """Steps of block-wise reconstruction of each block; 0 means BNN Init alone, and for random signs."""
-        return 0 if self.init == "random" else self.method.blockwise_steps
+        if self.init == "random":
+            return 0
+        steps = self.method.blockwise_steps
+        return RECIPES[self.method.effort].blockwise_steps if steps is None else steps
 
     def resolved_data(self) -> tuple[tuple[DataSource, ...], tuple[DataSource, ...]]:
         """Training and evaluation sources with the default evaluation split filled in."""

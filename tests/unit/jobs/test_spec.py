@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from jobs.spec import EFFORT_TOKENS, JobSpec
+from jobs.spec import RECIPES, JobSpec
 from kbop_core.init.blockwise import BlockEffort
 
 BASE: dict[str, Any] = {"model": "builtin:demo", "data": [{"source": "builtin:python-docs"}]}
@@ -54,6 +54,8 @@ def test_blocks_of_pretrained_models_are_reconstructed_unless_the_spec_says_othe
     for method, steps in (
         ({"effort": "quick"}, BlockEffort().steps),
         ({}, BlockEffort().steps),
+        ({"effort": "max"}, 4 * BlockEffort().steps),
+        ({"effort": "max", "blockwise_steps": 7}, 7),
         ({"blockwise_steps": 0}, 0),
     ):
         assert JobSpec.model_validate(BASE | {"method": method}).blockwise_steps == steps
@@ -87,7 +89,7 @@ def test_a_value_out_of_its_range_is_refused_with_the_range(field: dict[str, Any
 
 @pytest.mark.parametrize("effort", ["quick", "standard", "max"])
 def test_each_effort_stands_for_a_number_of_tokens(effort: str) -> None:
-    assert JobSpec.model_validate(BASE | {"method": {"effort": effort}}).train_tokens == EFFORT_TOKENS[effort]
+    assert JobSpec.model_validate(BASE | {"method": {"effort": effort}}).train_tokens == RECIPES[effort].tokens
 
 
 def test_without_evaluation_text_the_held_out_part_of_the_training_text_is_used() -> None:
