@@ -3,7 +3,8 @@
     python -m benchmarks.quality                      the short CPU subset: every method, 0.8 M tokens, all small tasks
                                                       here and, on a GPU, the large ones (their teachers are made first)
     python -m benchmarks.quality medium seeds …       longer budgets and more seeds of the winners
-    python -m benchmarks.quality ablations
+    python -m benchmarks.quality ablations            one knob at a time, on the first task
+    python -m benchmarks.quality efforts              the job spec's effort levels
     python -m benchmarks.quality tables               nothing is run: docs/quality.md from what there is
 
 Stopped at any time, it goes on where it was. Each run of a small task is one thread in one process; `--workers`
@@ -22,7 +23,7 @@ from benchmarks.quality.training import RunConfig
 
 #: Methods of the suites that go beyond the sweep.
 HEADLINE = (*suites.PEERS, "kbop")
-SUITES = ("short", "medium", "seeds", "ablations", "long", "tables")
+SUITES = ("short", "medium", "seeds", "ablations", "efforts", "long", "tables")
 
 
 def main() -> None:
@@ -33,6 +34,9 @@ def main() -> None:
             continue
         if suite == "ablations":
             run_all([run for _, _, run in suites.ablations(tasks[0])], options.workers)
+            continue
+        if suite == "efforts":
+            run_all([run for _, run in suites.efforts(tasks)], options.workers)
             continue
         if suite == "short":
             run_all(suites.calibrated(tasks), options.workers)

@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.quality.store import key
 from benchmarks.quality.tasks import CALIBRATION_BATCH, CONTEXT
 from benchmarks.quality.training import RunConfig
+from jobs.spec import RECIPES
 from kbop_core.init.blockwise import BlockEffort
 from kbop_core.schedules import FLIP_RATE
 
@@ -103,6 +104,18 @@ def winners(
                 found = best(task, method, done)
                 if found:
                     yield replace(found, tokens=tokens, seed=seed)
+
+
+def efforts(tasks: Iterable[str]) -> Iterator[tuple[str, RunConfig]]:
+    """(effort level, run of its recipe): what the job spec's levels buy."""
+    for task in tasks:
+        for effort, recipe in RECIPES.items():
+            steps = recipe.blockwise_steps
+            if recipe.tokens:
+                options = {} if steps == BlockEffort().steps else {"blockwise_steps": steps}
+                yield effort, RunConfig(task, "kbop", recipe.tokens, lr=FLIP_RATE, options=options)
+            else:
+                yield effort, RunConfig(task, "quick", options={} if steps == BlockEffort().steps else {"steps": steps})
 
 
 def ablations(task: str, tokens: int = ABLATION) -> Iterator[tuple[str, str, RunConfig]]:

@@ -16,6 +16,7 @@ from benchmarks.quality import plots, store, suites
 from benchmarks.quality.tasks import ROOT, SOURCES
 from benchmarks.quality.training import RunConfig
 from benchmarks.record import Claim, claim, publish
+from jobs.spec import RECIPES
 
 DOCS = ROOT / "docs" / "quality.md"
 BUDGETS = {"short": suites.SHORT, "medium": suites.MEDIUM, "long": suites.LONG}
@@ -104,6 +105,7 @@ def write() -> None:
         "headline": _gaps(results),
         "methods": _markdown(rows),
         "speed": _markdown(list(_speed(results))),
+        "efforts": _markdown(list(_efforts(results))),
         "ablations": _ablations(results),
         "scratch": _markdown(list(_scratch(results))),
     }
@@ -241,6 +243,25 @@ def _speed(results: Results) -> Iterator[Row]:
                 "peer's seconds": theirs[-1][1],
                 "KBOP's tokens": reached[0] if reached else None,
                 "KBOP's seconds, start included": reached[1] + results.start_seconds(task) if reached else None,
+            }
+
+
+def _efforts(results: Results) -> Iterator[Row]:
+    """The effort levels of the job spec."""
+    for task in SOURCES:
+        for effort, config in suites.efforts([task]):
+            found = results.done.get(store.key(config))
+            if found is None or "diverged" in found:
+                continue
+            yield {
+                "model": task,
+                "effort": effort,
+                "blockwise steps": RECIPES[effort].blockwise_steps,
+                "tokens end to end": config.tokens,
+                "teacher": results.teacher(task),
+                "perplexity": found["test"],
+                "KL": found["kl"],
+                "top-1": found["top1"],
             }
 
 
