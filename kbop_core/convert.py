@@ -145,7 +145,7 @@ def check_finite(model: nn.Module) -> None:
     bad = _not_finite(model)
     for block in blocks_on_disk(model):
         with resident(model, block):
-            bad += _not_finite(model)
+            bad += [f"{block}.{name}" for name in _not_finite(model.get_submodule(block))]
     if bad:
         raise BadWeights(
             f"NaN or infinity in {len(bad)} tensors of the model, first {bad[0]}",

@@ -35,7 +35,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kbop_core.convert import binary_layers, decoder_blocks, insert_empty
-from kbop_core.errors import BadCheckpoint, BadWeights, ModelError
+from kbop_core.errors import BadCheckpoint, BadWeights, ModelError, UnsupportedModel
 from kbop_core.layers import BinaryLinear
 from kbop_core.lazy import ShardedWeights, make_lazy
 
@@ -161,7 +161,7 @@ def load_lazily(location: str, revision: str | None, dtype: torch.dtype, device:
         folder = (
             location
             if Path(location).is_dir()
-            else snapshot_download(location, revision=revision, allow_patterns=["*.safetensors", "*.json"])
+            else snapshot_download(location, revision=revision, allow_patterns=["model*.safetensors", "*.json"])
         )
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
@@ -171,13 +171,19 @@ def load_lazily(location: str, revision: str | None, dtype: torch.dtype, device:
             f"cannot load {location}: {error}", "give a decoder-only model that transformers loads from safetensors"
         ) from error
     model.eval().requires_grad_(False)
-    renamings = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
+    mapping = get_model_conversion_mapping(model)
+    renamings = [r for r in mapping if isinstance(r, WeightRenaming)]
+    if getattr(config, "quantization_config", None) or len(renamings) < len(mapping):
+        raise UnsupportedModel(
+            f"{location}: its files hold {type(model).__name__} in another form, which has to be converted as a whole",
+            "load it whole: `offload`: none",
+        )
 
     def rename(name: str) -> str:
         return reduce(lambda found, renaming: str(renaming.rename_source_key(found)[0]), renamings, name)
 
     weights = ShardedWeights(Path(folder), dtype, device, f"{model.base_model_prefix}.", rename)
-    tied = tuple(model._tied_weights_keys or ()) if config.tie_word_embeddings else ()
+    tied = tuple(model._tied_weights_keys or ()) if getattr(config, "tie_word_embeddings", False) else ()
     make_lazy(model, decoder_blocks(model), weights, tied)
     model.tie_weights()
     return model

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from kbop_core.errors import BadWeights, UnsupportedModel
 
+#: What floating-point weights may be stored in: anything else needs more than a conversion.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: Attribute of a lazy model that holds its `_Blocks`.
 _ATTRIBUTE = "_kbop_lazy_blocks"
 INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
@@ -70,7 +72,7 @@ class ShardedWeights:
             name: of the module in its model.
 
         Raises:
-            BadWeights: a tensor is missing or of another shape.
+            BadWeights: a tensor is missing, of another shape, in a quantized format, or in a file that is damaged.
         """
         self.fill_some(module, {own: f"{name}.{own}" for own in module.state_dict()})
 
@@ -78,16 +80,32 @@ class ShardedWeights:
         """The same for some of its tensors: name in the module → name in the model."""
         wanted: dict[Path, list[tuple[str, str]]] = {}
         for own, name in names.items():
-            stored, path = self._find(name)
+            stored, path = self.find(name)
             wanted.setdefault(path, []).append((own, stored))
         for path, pairs in wanted.items():
-            with safe_open(path, framework="pt") as file:
-                for own, stored in pairs:
-                    tensor = file.get_tensor(stored)
-                    _set(module, own, tensor.to(self.device, self.dtype if tensor.is_floating_point() else None))
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for own, stored in pairs:
+                        _set(module, own, self._converted(stored, file.get_tensor(stored)))
+            except (OSError, SafetensorError) as error:
+                raise BadWeights(
+                    f"{path.name}: not readable: {error}", "repair or re-download the checkpoint"
+                ) from error
 
-    def _find(self, name: str) -> tuple[str, Path]:
-        """Name in the file, and the file, of a tensor of the model."""
+    def _converted(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy: a view would keep the whole file mapped, and what was read of it in memory, while it lives."""
+        if not tensor.is_floating_point():
+            return tensor.to(self.device, copy=True)
+        if tensor.dtype not in FLOATS:
+            raise BadWeights(f"{name} is stored as {tensor.dtype}", "give the model in bfloat16, float16 or float32")
+        return tensor.to(self.device, self.dtype, copy=True)
+
+    def find(self, name: str) -> tuple[str, Path]:
+        """Name in the file, and the file, of a tensor of the model.
+
+        Raises:
+            BadWeights: there is none.
+        """
         places = (self.files.get(n) for n in (name, name.removeprefix(self.prefix), self.prefix + name))
         found = next((place for place in places if place), None)
         if found is None:
@@ -115,17 +133,19 @@ class _Blocks:
 
     def __init__(self, model: nn.Module, blocks: Sequence[str], weights: ShardedWeights) -> None:
         self.model, self.weights = model, weights
-        self.holds = dict.fromkeys(blocks, 0)
+        self.holds, self.idle = dict.fromkeys(blocks, 0), frozenset[str]()
         self.hooks = {name: self._install(name) for name in blocks}
 
     def _install(self, name: str) -> list[Any]:
         block = self.model.get_submodule(name)
 
         def before(*_: Any) -> None:
-            self.take(name)
+            if name not in self.idle:
+                self.take(name)
 
         def after(*_: Any) -> None:
-            self.release(name)
+            if name not in self.idle:
+                self.release(name)
 
         return [block.register_forward_pre_hook(before), block.register_forward_hook(after, always_call=True)]
 
@@ -135,7 +155,7 @@ class _Blocks:
         self.holds[name] += 1
 
     def release(self, name: str) -> None:
-        self.holds[name] -= 1
+        self.holds[name] = max(0, self.holds[name] - 1)  # 0 already: taking it failed half-way
         if not self.holds[name]:
             _forget(self.model.get_submodule(name))
 
@@ -151,6 +171,9 @@ def _forget(block: nn.Module) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                module._buffers[name] = buffer.to("meta")
 
 
 def make_lazy(model: nn.Module, blocks: Sequence[str], weights: ShardedWeights, tied: Sequence[str] = ()) -> None:
@@ -173,6 +196,9 @@ def make_lazy(model: nn.Module, blocks: Sequence[str], weights: ShardedWeights, 
         raise UnsupportedModel(
             f"blocks of {type(model).__name__} share parameters with other parts", "load it whole: `offload`: none"
         )
+    for name in model.state_dict():
+        if name not in tied:
+            weights.find(name)
     outside = [name for name in model.state_dict() if not _block_of(name, blocks) and name not in tied]
     weights.fill_some(model, dict(zip(outside, outside, strict=True)))
     for module in model.modules():  # outside the state dict: tables of positions
@@ -198,6 +224,20 @@ def resident(model: nn.Module, block: str) -> Iterator[None]:
         yield
     finally:
         lazy.release(block)
+
+
+@contextmanager
+def untouched(model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
+    """Until the end of the `with`, calls of these blocks load nothing: something stands in for them."""
+    lazy: _Blocks | None = getattr(model, _ATTRIBUTE, None)
+    if lazy is None:
+        yield
+        return
+    lazy.idle = frozenset(blocks)
+    try:
+        yield
+    finally:
+        lazy.idle = frozenset()
 
 
 def keep(model: nn.Module, block: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,13 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from kbop_core.convert import binary_layers, check_finite, convert_plain, plan_conversion
-from kbop_core.errors import BadWeights, ModelError
+from kbop_core.errors import BadWeights, ModelError, UnsupportedModel
 from kbop_core.hf import load_lazily, load_model
 from kbop_core.init.blockwise import BlockEffort
 from kbop_core.init.pretrained import InitEffort, pretrained_init
+from kbop_core.init.stream import BlockStream
 from kbop_core.lazy import blocks_on_disk, keep, resident
 
 MakeModel = Callable[[str], PreTrainedModel]
@@ -125,6 +127,69 @@ def test_without_readable_safetensors_nothing_is_loaded(tiny_model: MakeModel, t
         load_lazily(str(tmp_path / "nowhere"), None, torch.float32, CPU)
 
 
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_file_is_named_and_the_block_is_as_before(damage: str, folder: Path, token_ids: Tensor) -> None:
+    lazy = load_lazily(str(folder), None, torch.float32, CPU)
+    first = blocks_on_disk(lazy)[0]
+    before = on_disk(lazy)
+    weights = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    shard = folder / next(file for name, file in weights.items() if first in f"{lazy.base_model_prefix}.{name}")
+    whole = shard.read_bytes()
+    shard.unlink()
+    if damage == "cut":
+        shard.write_bytes(whole[: len(whole) // 2])
+    for _ in range(2):
+        with pytest.raises(BadWeights, match=rf"{shard.name}: not readable"), torch.no_grad():
+            lazy(input_ids=token_ids)
+        assert on_disk(lazy) == before
+    shard.write_bytes(whole)
+    with torch.no_grad():
+        assert torch.equal(lazy(input_ids=token_ids).logits, load_model(str(folder))(input_ids=token_ids).logits)
+
+
+def test_files_in_another_form_are_refused_before_anything_is_read(tiny_model: MakeModel, tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, path, {"format": "pt"})
+    with pytest.raises(BadWeights, match=rf"{name} is stored as torch.float8_e4m3fn"), torch.no_grad():
+        load_lazily(str(tmp_path), None, torch.float32, CPU)(input_ids=torch.arange(4)[None])
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(UnsupportedModel, match="in another form"):
+        load_lazily(str(tmp_path), None, torch.float32, CPU)
+
+
+def test_experts_that_are_stacked_while_loading_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=32, num_key_value_heads=1, num_local_experts=2, **sizes)
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="in another form") as caught:
+        load_lazily(str(tmp_path), None, torch.float32, CPU)
+    assert "none" in caught.value.hint
+
+
+def test_a_walk_reads_a_later_block_only_when_it_gets_there(folder: Path, token_ids: Tensor) -> None:
+    lazy = load_lazily(str(folder), None, torch.float32, CPU)
+    first, second = blocks_on_disk(lazy)
+    read: list[str] = []
+    fill = lazy._kbop_lazy_blocks.weights.fill
+    lazy._kbop_lazy_blocks.weights.fill = lambda module, name: (read.append(name), fill(module, name))
+    stream = BlockStream(lazy, (first, second), token_ids)
+    assert read == [first]
+    stream.advance(lazy, first)
+    stream.advance(lazy, second)
+    assert read == [first, first, second]
+
+
+def test_a_nan_outside_the_blocks_is_counted_once(folder: Path) -> None:
+    lazy = load_lazily(str(folder), None, torch.float32, CPU)
+    next(p for p in lazy.parameters() if not p.is_meta).view(-1)[0] = torch.nan
+    with pytest.raises(BadWeights, match="NaN or infinity in 1 tensors"):
+        check_finite(lazy)
+
+
 #: Binarizes a checkpoint, compares it with its teacher on one window, and tells its peak memory beyond the imports'.
 PEAK = """
 import sys
@@ -157,10 +222,12 @@ def test_binarizing_from_disk_needs_a_fraction_of_the_models_memory(tmp_path: Pa
     model.save_pretrained(tmp_path)
     del model
 
+    # what is freed goes back to the system, as it does by itself for tensors of real models' size
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
     def peak(kind: str) -> int:
-        done = subprocess.run(
-            [sys.executable, "-c", PEAK, str(tmp_path), kind], capture_output=True, text=True, check=True, timeout=120
-        )
+        command = [sys.executable, "-c", PEAK, str(tmp_path), kind]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env=environment)
         return int(done.stdout.split()[-1])
 
     lazy, whole = peak("lazy"), peak("whole")

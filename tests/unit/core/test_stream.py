@@ -108,6 +108,32 @@ def test_a_model_whose_blocks_share_more_than_hidden_states_is_refused() -> None
         check_chain(model, blocks, torch.arange(6)[None])
 
 
+class _SideInput(_NoChain):
+    """One channel is 200 times the others, as massive activations are, and the others get a side input."""
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+        hidden, extra = self.embedding(input_ids) + torch.tensor([200.0, 0.0, 0.0, 0.0]), torch.zeros(4)
+        for layer in self.layers:
+            hidden, extra = hidden + layer(torch.tanh(hidden), extra=extra), 0.3 * hidden[..., 1:2]
+        return hidden
+
+
+def test_a_side_input_is_seen_beside_a_massive_channel() -> None:
+    torch.manual_seed(0)
+    blocks = ("layers.0", "layers.1", "layers.2", "layers.3")
+    with pytest.raises(UnsupportedModel, match="hand on more than hidden states"):
+        check_chain(_SideInput(4), blocks, torch.arange(6)[None])
+
+
+def test_no_walk_makes_logits(tiny_model: MakeModel, token_ids: Tensor) -> None:
+    model, calls = tiny_model("llama"), list[int]()
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    blocks = plan_conversion(model, 4).blocks
+    check_chain(model, blocks, token_ids)
+    BlockStream(model, blocks, token_ids)
+    assert not calls
+
+
 def test_a_model_that_leaves_blocks_out_is_refused_and_left_as_it_was() -> None:
     model, blocks = _NoChain(2), ("layers.0", "layers.1", "layers.2", "layers.3")
     with pytest.raises(UnsupportedModel, match="calls 2 of its 4 blocks"):
