@@ -18,7 +18,7 @@ from kbop_core.layers import BinaryLinear
 
 Kind = Literal["own", "shared"]
 #: Last name of a layer → of the layer of the same block whose rows are its columns: averaged by the attention,
-#: multiplied by a gate, or passed through ReLU, all of which a positive factor passes.
+#: multiplied by a gate, or (fc1, fc2) passed through ReLU, all of which a positive factor passes.
 GIVERS = {"o_proj": "v_proj", "out_proj": "v_proj", "down_proj": "up_proj", "fc2": "fc1"}
 
 
@@ -32,21 +32,25 @@ class ColumnScales:
         ids_BT: token ids of one forward pass, which shows who reads and who gives each tensor.
 
     Raises:
-        ValueError: "shared", and what gives a layer's input is neither a norm nor in GIVERS.
+        ValueError: "shared", and what gives a layer's input is neither a norm nor in GIVERS, or another activation
+            than ReLU comes between.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, BinaryLinear], kind: Kind, ids_BT: Tensor) -> None:
         self.givers: list[tuple[nn.Module, nn.Parameter]] = []
         if kind == "own":
             for layer in layers.values():
-                _multiply_input(layer, nn.Parameter(torch.ones(layer.in_features)), layer.in_features)
+                ones = torch.ones(layer.in_features, device=layer.weight_scale.device)
+                _multiply_input(layer, nn.Parameter(ones), layer.in_features)
             return
         config: Any = model.config
+        if getattr(config, "activation_function", "relu") != "relu" and any(n.endswith(".fc2") for n in layers):
+            raise ValueError(f"{config.activation_function} does not pass a factor from fc1 to fc2; use `own` columns")
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shared: dict[nn.Module, nn.Parameter] = {}
         for name, giver in _givers(model, layers, ids_BT).items():
             if giver not in shared:
-                shared[giver] = nn.Parameter(torch.ones(len(_given(giver))))
+                shared[giver] = nn.Parameter(torch.ones(len(_given(giver)), device=_given(giver).device))
                 self.givers.append((giver, shared[giver]))
             _multiply_input(layers[name], shared[giver], head)
 

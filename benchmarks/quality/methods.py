@@ -2,13 +2,14 @@
 
 Calibrated (nothing end to end): `plain`, `gptq`, `arb`, `bnn_init`, `quick` (BNN Init, then block-wise). Trained, all
 from the same text in the same order: latent weights with STE (`ste`, `ste_quick`, `onebit`, `binarymos`); from
-`quick`'s signs, other latent-free rules (`bop`, `bold`, `fire_spend`, `paper`), ours (`scales_only`, `kbop`) and
-`ablation`: one knob of our rule changed (ablation.py).
+`quick`'s signs, other latent-free rules (`bop`, `bold`, `fire_spend`), ours (`scales_only`, `kbop`) and `ablation`: one
+knob of our rule changed (ablation.py); from plain signs, `paper`: KBOP as published, one scale a layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -195,9 +196,10 @@ def _start(task: Task, config: RunConfig) -> Student:
                 layer.weight_scale.data.fill_(1.0)
     layers = binary_layers(model)
     columns = config.options.get("columns")
-    if columns:
-        ColumnScales(model, layers, columns, task.train_NT[:1])
+    scales = ColumnScales(model, layers, columns, task.train_NT[:1]) if columns else None
     student = _student(model, 0.0, layers)
+    if scales:
+        student.finish = scales.fold
     if columns == "own":
         student.bits += NUMBER_BITS * sum(layer.in_features for layer in layers.values()) / task.plan.weights
     return student
@@ -211,8 +213,23 @@ def _with_rule(rule: Callable[[RunConfig], Rule], task: Task, config: RunConfig)
     return student
 
 
+def paper(task: Task, config: RunConfig) -> Student:
+    """KBOP as in the paper: threshold from mean and deviation of a layer, and one scale a layer, at first mean |W|.
+
+    The paper has no start from pretrained weights but their signs: BNN Init's and `quick`'s scales are of groups.
+    """
+    student = _start(task, replace(config, options={"init": "plain"}))
+    layers = binary_layers(student.model)
+    for layer in layers.values():
+        layer.weight_scale.data.fill_(float(layer.weight_scale.detach().mean()))
+        layer.weight_scale.register_hook(lambda grad: grad.mean().expand_as(grad))  # equal gradients keep them equal
+    student.flipper = _DenseFlipper(layers, lambda: PaperKBOP(deviations=config.lr), "all")
+    student.bits, student.state_bytes = 1.0 + NUMBER_BITS * len(layers) / task.plan.weights, RULE_STATE_BYTES
+    return student
+
+
 def scales_only(task: Task, config: RunConfig) -> Student:
-    """BNN Init, then AdamW on everything but the signs."""
+    """The start of ours, then AdamW on everything but the signs."""
     student = _start(task, config)
     student.state_bytes = 1 / 8
     return student
@@ -260,7 +277,7 @@ METHODS: dict[str, Method] = {
     "bop": partial(_with_rule, lambda c: Bop(adaptivity=0.02, threshold=c.lr)),
     "bold": partial(_with_rule, lambda c: Bold(rate=c.lr)),
     "fire_spend": partial(_with_rule, lambda c: AccumulateFireSpend(threshold=c.lr)),
-    "paper": partial(_with_rule, lambda c: PaperKBOP(deviations=c.lr)),
+    "paper": paper,
     "kbop": kbop,
     "ablation": partial(_with_rule, _ablation),
 }

@@ -18,6 +18,7 @@ from rich.console import Console
 from benchmarks.quality import store
 from benchmarks.quality.tasks import SOURCES
 from benchmarks.quality.training import RunConfig
+from benchmarks.record import commit
 from jobs.process import die_with_parent
 
 
@@ -38,13 +39,13 @@ def run_all(configs: Iterable[RunConfig], workers: int) -> None:
 def _run_in_pool(todo: list[RunConfig], workers: int) -> None:
     if not todo:
         return
-    console, began = Console(), time.monotonic()
+    console, began, code = Console(), time.monotonic(), commit()
     with ProcessPoolExecutor(workers, get_context("spawn"), die_with_parent, (os.getpid(),)) as pool:
         waiting = {pool.submit(_run_one, config): config for config in todo}
         try:
             for number, future in enumerate(as_completed(waiting), 1):
                 config, result = waiting[future], future.result()
-                store.save(config, result)
+                store.save(config, result, code)
                 left = (time.monotonic() - began) / number * (len(todo) - number)
                 console.print(_line(config, result, f"{number}/{len(todo)}", left))
         except BaseException:  # stopped or broken: what is queued would run to its end and be lost

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.quality.tasks import INIT
 from benchmarks.quality.training import PROTOCOL, RunConfig
-from benchmarks.record import RESULTS, commit, machine
+from benchmarks.record import RESULTS, machine
 
 PATH = RESULTS / "quality-runs.jsonl"
 #: Version of our own rule, part of the keys of the runs that train with it. The starts that reconstruct blocks use the
@@ -45,10 +45,14 @@ def finished(path: Path = PATH) -> dict[str, dict[str, Any]]:
     return found
 
 
-def save(config: RunConfig, result: dict[str, Any], path: Path = PATH) -> None:
-    """Append one run."""
+def save(config: RunConfig, result: dict[str, Any], code: str, path: Path = PATH) -> None:
+    """Append one run.
+
+    Args:
+        code: the commit that was there when the run's process began (`benchmarks.record.commit`).
+    """
     path.parent.mkdir(exist_ok=True)
-    line = json.dumps({"key": key(config), "result": result, "commit": commit(), "machine": machine()}) + "\n"
+    line = json.dumps({"key": key(config), "result": result, "commit": code, "machine": machine()}) + "\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         os.write(descriptor, line.encode())

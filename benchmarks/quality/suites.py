@@ -22,8 +22,9 @@ SHORT, MEDIUM, LONG = 800_000, 4_000_000, 40_000_000
 #: Of an ablation: half the short budget. With BLOCKWISE_TOKENS it makes a whole one.
 ABLATION = 400_000
 CALIBRATED = ("plain", "gptq", "arb", "bnn_init", "quick")
-#: The latent peers'.
-LATENT_RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+#: The latent peers', and those of a sweep that run first.
+LATENT_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
+FIRST_RATES = {1e-3, 2e-3, 5e-3}
 #: Swept rate of each method: latent learning rates, thresholds, or rates as methods.py gives them to the method.
 SWEEPS: dict[str, tuple[float, ...]] = {
     "ste": LATENT_RATES,
@@ -72,7 +73,7 @@ def sweep(tasks: Iterable[str], tokens: int = SHORT, methods: Iterable[str] = SW
 
 
 def bracket(tasks: Iterable[str], methods: Iterable[str], done: Finished) -> Iterator[RunConfig]:
-    """Rates to run at the short budget with seed 0: the middle of each sweep, and the neighbours of the best so far.
+    """Rates to run at the short budget with seed 0: the first of each sweep, and the neighbours of the best so far.
 
     Call it again when they have run, until it names none that are not done.
     """
@@ -80,7 +81,7 @@ def bracket(tasks: Iterable[str], methods: Iterable[str], done: Finished) -> Ite
     for method in methods:
         rates = SWEEPS[method]
         for task in places:
-            wanted = {*(rates[1:-1] if len(rates) > 3 else rates)}
+            wanted = FIRST_RATES.intersection(rates) or set(rates)
             if found := best(task, method, done):
                 place = rates.index(found.lr)
                 wanted |= {*rates[max(0, place - 1) : place + 2]}

@@ -48,14 +48,14 @@ class Results:
         stored = [(c, self.done[store.key(c)]) for c in runs if store.key(c) in self.done]
         return [(c, r) for c, r in stored if "diverged" not in r]
 
-    def perplexity(self, task: str, method: str, tokens: int) -> float | None:
-        """Geometric mean of the test perplexities over seeds."""
-        values = [r["test"] for _, r in self.seeds(task, method, tokens)]
+    def perplexity(self, task: str, method: str, tokens: int, seeds: Sequence[int] = suites.SEEDS) -> float | None:
+        """Geometric mean of the test perplexities over those of the seeds that ran."""
+        values = [r["test"] for c, r in self.seeds(task, method, tokens) if c.seed in seeds]
         return math.exp(statistics.fmean(map(math.log, values))) if values else None
 
-    def kl(self, task: str, method: str, tokens: int) -> float | None:
-        """Mean over seeds of KL(teacher ‖ student) on the test half, nats per token."""
-        values = [r["kl"] for _, r in self.seeds(task, method, tokens)]
+    def kl(self, task: str, method: str, tokens: int, seeds: Sequence[int] = suites.SEEDS) -> float | None:
+        """Mean over the same of KL(teacher ‖ student) on the test half, nats per token."""
+        values = [r["kl"] for c, r in self.seeds(task, method, tokens) if c.seed in seeds]
         return statistics.fmean(values) if values else None
 
     def start_seconds(self, task: str) -> float:
@@ -180,7 +180,7 @@ def _state_claims(results: Results) -> Iterator[Claim]:
     for evidence, bars in (("bfloat16", (2.0,)), ("int8", (2.0, 1.2))):
         options = {} if evidence == "bfloat16" else {"evidence": evidence}
         found = results.done.get(store.key(replace(default, method="kbop", options=options)))
-        if not found or not base:
+        if not found or not base or "diverged" in found:
             continue
         for most in bars:
             yield claim(
@@ -204,31 +204,27 @@ def _gaps(results: Results) -> str:
     lines = []
     for budget, tokens in BUDGETS.items():
         for task in SOURCES:
-            peer, ours = results.best_peer(task, tokens), results.perplexity(task, "kbop", tokens)
+            peer = results.best_peer(task, tokens)
             gap = results.gap_closed(task, peer, tokens) if peer else None
-            if peer is None or gap is None or ours is None:
+            if peer is None or gap is None:
                 continue
+            seeds = results.common_seeds(task, peer, tokens)
+            ours, theirs = (results.kl(task, method, tokens, seeds) or 0.0 for method in ("kbop", peer))
             lines.append(
                 {
                     "budget": f"{budget}, {tokens / 1e6:g} M tokens",
                     "model": task,
                     "teacher": results.teacher(task),
-                    "best latent peer": f"{peer} {results.perplexity(task, peer, tokens):.4g}",
-                    "KBOP": ours,
+                    "best latent peer": f"{peer} {results.perplexity(task, peer, tokens, seeds):.4g}",
+                    "KBOP": results.perplexity(task, "kbop", tokens, seeds),
                     "gap closed": gap,
-                    "KL, peer": results.kl(task, peer, tokens),
-                    "KL, KBOP": results.kl(task, "kbop", tokens),
-                    "KL closed": _kl_closed(results, task, peer, tokens),
-                    "seeds": len(results.common_seeds(task, peer, tokens)),
+                    "KL, peer": theirs,
+                    "KL, KBOP": ours,
+                    "KL closed": 1.0 - ours / theirs,
+                    "seeds": len(seeds),
                 }
             )
     return _markdown(lines)
-
-
-def _kl_closed(results: Results, task: str, peer: str, tokens: int) -> float | None:
-    """The share of the peer's KL to the teacher that ours does not have: the gap's figure without a text's own luck."""
-    ours, theirs = results.kl(task, "kbop", tokens), results.kl(task, peer, tokens)
-    return None if ours is None or not theirs else 1.0 - ours / theirs
 
 
 def _speed(results: Results) -> Iterator[Row]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -107,12 +108,14 @@ class Student:
         bits: stored bits per binarized weight, at inference.
         state_bytes: bytes per binarized weight that live between two steps: weights and optimizer state.
         flipper: where the method has one.
+        finish: called after the last step, before the student is evaluated.
     """
 
     model: nn.Module
     bits: float
     state_bytes: float
     flipper: Flipper | None = None
+    finish: Callable[[], None] = lambda: None
 
 
 def run(task: Task, config: RunConfig, student: Student) -> dict[str, Any]:
@@ -134,6 +137,7 @@ def run(task: Task, config: RunConfig, student: Student) -> dict[str, Any]:
                 flips.append(trainer.take_flips())
                 began = time.perf_counter()
         trainer.average.take()
+        student.finish()
     extra: dict[str, Any] = {}
     if not config.tokens:
         extra["teacher"] = _quality(task.teacher, task, "test").perplexity

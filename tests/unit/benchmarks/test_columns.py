@@ -64,3 +64,11 @@ def test_a_layer_whose_input_nothing_known_gives_is_refused() -> None:
     del layers["model.layers.1.mlp.up_proj"]
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj reads neither"):
         ColumnScales(model, layers, "shared", IDS)
+
+
+def test_an_activation_that_passes_no_factor_is_refused() -> None:
+    model = _opt().eval()
+    model.config.activation_function = "gelu"
+    layers = convert_plain(model, plan_conversion(model, 16), trainable=True)
+    with pytest.raises(ValueError, match="gelu does not pass a factor from fc1 to fc2"):
+        ColumnScales(model, layers, "shared", IDS)

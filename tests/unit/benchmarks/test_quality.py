@@ -77,7 +77,7 @@ def test_held_out_text_inside_the_training_text_is_refused() -> None:
 
 def test_a_stored_run_is_found_again_and_a_torn_line_is_not(tmp_path: Path) -> None:
     path, config = tmp_path / "runs.jsonl", RunConfig("demo", "ste", 1000, lr=0.01)
-    store.save(config, {"test": 5.0}, path)
+    store.save(config, {"test": 5.0}, "abc", path)
     path.write_text(path.read_text() + '{"key": "half', encoding="utf-8")
     assert store.finished(path) == {store.key(config): {"test": 5.0}}
     assert store.key(config) != store.key(RunConfig("demo", "ste", 1000, lr=0.02))
@@ -100,6 +100,36 @@ def test_the_gap_is_closed_against_the_best_rate_of_the_best_peer() -> None:
     assert results.best_peer("demo", suites.SHORT) == "ste"
     expected = (math.log(12) - math.log(8)) / (math.log(12) - math.log(4))
     assert results.gap_closed("demo", "ste", suites.SHORT) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("best", [1e-4, 5e-4, 2e-3, 5e-2])
+def test_a_sweep_goes_outwards_until_its_best_lies_between_two_that_are_worse(best: float) -> None:
+    done: dict[str, dict[str, Any]] = {}
+    for _ in range(10):
+        missing = [c for c in suites.bracket(["demo"], ["ste"], done) if store.key(c) not in done]
+        if not missing:
+            break
+        done |= {store.key(c): {"validation": abs(math.log(c.lr / best))} for c in missing}
+    rates, ran = suites.LATENT_RATES, {json.loads(k)["lr"] for k in done}
+    place = rates.index(best)
+    assert suites.best("demo", "ste", done) == RunConfig("demo", "ste", suites.SHORT, lr=best)
+    assert ran == {
+        *rates[max(0, place - 1) : place + 2],
+        *(r for r in rates if min(best, 1e-3) <= r <= max(best, 5e-3)),
+    }
+
+
+def test_a_method_of_one_rate_is_run_once() -> None:
+    assert [c.lr for c in suites.bracket(["demo"], ["kbop"], {})] == list(suites.SWEEPS["kbop"])
+
+
+def test_each_effort_level_of_the_job_spec_is_a_run() -> None:
+    found = {effort: (c.method, c.tokens, c.options) for effort, c in suites.efforts(["demo"])}
+    assert found == {
+        "quick": ("quick", 0, {}),
+        "standard": ("kbop", suites.SHORT, {}),
+        "max": ("kbop", suites.MEDIUM, {"blockwise_steps": 1600}),
+    }
 
 
 def test_a_peer_of_more_bits_is_no_peer_for_the_gap() -> None:
