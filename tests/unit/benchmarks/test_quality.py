@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.quality import store, suites
 from benchmarks.quality.ablation import ShareRule
-from benchmarks.quality.tables import Results
+from benchmarks.quality.tables import Results, _best_peer_gaps, _pooled
 from benchmarks.quality.tasks import check_disjoint
 from benchmarks.quality.training import RunConfig, _Average
 from kbop_core.kbop import KBOP
@@ -137,6 +137,17 @@ def test_a_peer_of_more_bits_is_no_peer_for_the_gap() -> None:
     results = fake("demo", {("kbop", ours): 8.0, ("ste", 2e-3): 16.0, ("binarymos", 2e-3): 9.0})
     assert results.fair_peers("demo", suites.SHORT) == ["ste"]
     assert results.best_peer("demo", suites.SHORT) == "ste"
+
+
+def test_the_gap_of_all_models_together_does_not_divide_by_what_one_leaves_open() -> None:
+    ours = suites.SWEEPS["kbop"][0]
+    wide = fake("demo", {("kbop", ours): 8.0, ("ste", 2e-3): 16.0})
+    narrow = fake("stories260K", {("kbop", ours): 4.4, ("ste", 2e-3): 4.04})
+    both = Results(wide.done | narrow.done)
+    gaps = _best_peer_gaps(both, suites.SHORT)
+    assert gaps == {"stories260K": pytest.approx(-8.58, abs=0.01), "demo": pytest.approx(0.5)}
+    expected = (math.log(2) + math.log(4.04 / 4.4)) / (math.log(4) + math.log(4.04 / 4))
+    assert _pooled(both, suites.SHORT) == pytest.approx(expected) == pytest.approx(0.435, abs=0.01)
 
 
 def test_without_a_run_there_is_no_figure() -> None:
