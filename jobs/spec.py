@@ -144,7 +144,8 @@ class ResourceSpec(Strict):
     offload: Literal["none", "blocks"] = Field(
         default="none",
         description="`blocks`: the model's decoder blocks stay on disk and are in memory one at a time, so that models "
-        "larger than the memory can be binarized; effort `quick` only.",
+        "larger than the memory can be binarized; effort `quick` only. Every batch of the evaluation reads the teacher "
+        "from disk again.",
     )
     zero_stage: Literal[0, 1, 2] = Field(
         default=1,

@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import plots, store, suites
@@ -18,7 +19,7 @@ from benchmarks.quality.training import RunConfig
 from benchmarks.record import Claim, claim, publish
 from jobs.spec import RECIPES
 
-DOCS = ROOT / "docs" / "quality.md"
+DOCUMENTS = (ROOT / "docs" / "quality.md", ROOT / "README.md")
 BUDGETS = {"short": suites.SHORT, "medium": suites.MEDIUM, "long": suites.LONG}
 #: Gap to close, averaged over tasks: the paper's own headline at the medium budget, less at the short one.
 BARS = {"short": 0.20, "medium": 0.3683, "long": 0.3683}
@@ -98,7 +99,7 @@ class Results:
 
 
 def write() -> None:
-    """Tables on the screen, results/quality.json, plots and docs/quality.md."""
+    """Tables on the screen, results/quality.json, plots, docs/quality.md and README's table."""
     results = Results(store.finished())
     rows = list(_rows(results))
     publish("quality", "make bench-quality", [_flat(r) for r in rows], list(_claims(results)))
@@ -117,7 +118,8 @@ def write() -> None:
     flips = {task: r for task in SOURCES for r in _longest(results, task, "kbop")}
     if flips:
         plots.flips(flips)
-    _fill_document(sections)
+    for document in DOCUMENTS:
+        _fill(document, sections)
 
 
 def _longest(results: Results, task: str, method: str) -> list[Result]:
@@ -351,12 +353,12 @@ def _cell(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _fill_document(sections: dict[str, str]) -> None:
-    """Replace what stands between the markers of each section."""
-    text = DOCS.read_text(encoding="utf-8")
+def _fill(document: Path, sections: dict[str, str]) -> None:
+    """Replace what stands between the markers of each section that the document has."""
+    text = document.read_text(encoding="utf-8")
     for name, body in sections.items():
         begin, end = f"<!-- {name}: begin, by make bench-quality -->", f"<!-- {name}: end -->"
         if begin in text and end in text:
             before, rest = text.split(begin, 1)
             text = f"{before}{begin}\n{body}\n{end}{rest.split(end, 1)[1]}"
-    DOCS.write_text(text, encoding="utf-8")
+    document.write_text(text, encoding="utf-8")
