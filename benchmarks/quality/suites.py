@@ -125,9 +125,6 @@ def ablations(task: str, tokens: int = ABLATION) -> Iterator[tuple[str, str, Run
     yield "rule", "default", base
     yield "rule", "product's optimizer (projections, bfloat16)", replace(base, method="kbop")
     yield "rule", "product's optimizer, int8 evidence", replace(base, method="kbop", options={"evidence": "int8"})
-    for table, knob, values in KNOBS:
-        for value in values:
-            yield table, f"{knob} {value}", replace(base, options={knob: value})
     for rate in (0.0005, 0.001, 0.002, 0.008, 0.016):
         yield "flips' learning rate", f"peak share {rate:g}", replace(base, lr=rate)
     for factor in (0.25, 4.0):
@@ -156,6 +153,9 @@ def ablations(task: str, tokens: int = ABLATION) -> Iterator[tuple[str, str, Run
         trained = replace(base, options={"blockwise_steps": steps})
         yield "init × rule", f"blockwise with {steps:,} steps a block, ours", trained
     yield "block-wise reconstruction, nothing end to end", "400 steps, the default", RunConfig(task, "quick")
+    for table, knob, values in KNOBS:
+        for value in values:
+            yield table, f"{knob} {value}", replace(base, options={knob: value})
 
 
 KNOBS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
