@@ -143,6 +143,8 @@ def ablations(task: str, tokens: int = ABLATION) -> Iterator[tuple[str, str, Run
     for start in ("bnn", "plain"):
         yield "init × rule", f"{start}, ours", replace(base, options={"init": start})
         yield "init × rule", f"{start}, scales only", replace(base, method="scales_only", options={"init": start})
+    for start, latent in (("plain", "ste"), ("blockwise", "ste_quick")):
+        yield "init × rule", f"{start}, latent weights, 0.005", RunConfig(task, latent, tokens, lr=5e-3)
     for name, options in SCRATCH.items():
         yield "from scratch", f"{name}; ours", replace(base, options=options)
         yield "from scratch", f"{name}; scales only", replace(base, method="scales_only", options=options)
