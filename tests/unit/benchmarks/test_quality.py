@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.quality import store, suites
 from benchmarks.quality.ablation import ShareRule
-from benchmarks.quality.tables import Results, _best_peer_gaps, _pooled
+from benchmarks.quality.tables import Results, _claims
 from benchmarks.quality.tasks import check_disjoint
 from benchmarks.quality.training import RunConfig, _Average
 from kbop_core.kbop import KBOP
@@ -139,15 +139,31 @@ def test_a_peer_of_more_bits_is_no_peer_for_the_gap() -> None:
     assert results.best_peer("demo", suites.SHORT) == "ste"
 
 
+def claims(results: Results) -> dict[str, float]:
+    """The short budget's: first words of the name → value."""
+    return {c.name.partition(", short")[0]: c.value for c in _claims(results)}
+
+
 def test_the_gap_of_all_models_together_does_not_divide_by_what_one_leaves_open() -> None:
     ours = suites.SWEEPS["kbop"][0]
     wide = fake("demo", {("kbop", ours): 8.0, ("ste", 2e-3): 16.0})
     narrow = fake("stories260K", {("kbop", ours): 4.4, ("ste", 2e-3): 4.04})
-    both = Results(wide.done | narrow.done)
-    gaps = _best_peer_gaps(both, suites.SHORT)
-    assert gaps == {"stories260K": pytest.approx(-8.58, abs=0.01), "demo": pytest.approx(0.5)}
+    found = claims(Results(wide.done | narrow.done))
+    assert found["gap closed, mean"] == pytest.approx((0.5 + math.log(4.04 / 4.4) / math.log(4.04 / 4)) / 2, abs=1e-3)
     expected = (math.log(2) + math.log(4.04 / 4.4)) / (math.log(4) + math.log(4.04 / 4))
-    assert _pooled(both, suites.SHORT) == pytest.approx(expected) == pytest.approx(0.435, abs=0.01)
+    assert found["gap closed, all models together"] == pytest.approx(expected, abs=1e-3)
+    assert found["ahead of the best peer, worst model"] == pytest.approx(math.log(4.04 / 4.4), abs=1e-3)
+
+
+def test_a_model_whose_peer_passes_the_teacher_is_named_and_still_the_worst() -> None:
+    ours = suites.SWEEPS["kbop"][0]
+    plain = fake("demo", {("kbop", ours): 8.0, ("ste", 2e-3): 16.0})
+    passed = fake("stories260K", {("kbop", ours): 4.1, ("ste", 2e-3): 3.9})
+    both = Results(plain.done | passed.done)
+    found = claims(both)
+    assert found["gap closed, mean"] == pytest.approx(0.5)
+    assert found["ahead of the best peer, worst model"] == pytest.approx(math.log(3.9 / 4.1), abs=1e-3)
+    assert "2 of 4 models" in next(_claims(both)).name and "stories260K has no gap" in next(_claims(both)).name
 
 
 def test_without_a_run_there_is_no_figure() -> None:
