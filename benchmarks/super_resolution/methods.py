@@ -28,8 +28,8 @@ class Method:
     rates: tuple[float, ...]
 
 
-LATENT_RATES = (3e-3, 1e-2, 3e-2)
-FLIP_RATES = (2e-3, 4e-3, 1e-2)
+LATENT_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+FLIP_RATES = (2e-3, 4e-3, 1e-2, 2e-2, 4e-2)
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "full": Method("full precision", Body("real", "torch"), (2e-3, 4e-3, 8e-3)),
