@@ -44,8 +44,9 @@ class ColumnScales:
                 _multiply_input(layer, nn.Parameter(ones), layer.in_features)
             return
         config: Any = model.config
-        if getattr(config, "activation_function", "relu") != "relu" and any(n.endswith(".fc2") for n in layers):
-            raise ValueError(f"{config.activation_function} does not pass a factor from fc1 to fc2; use `own` columns")
+        activation = getattr(config, "activation_function", None) or getattr(config, "hidden_act", None)
+        if activation != "relu" and any(n.endswith(".fc2") for n in layers):
+            raise ValueError(f"{activation} does not pass a factor from fc1 to fc2; use `own` columns")
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shared: dict[nn.Module, nn.Parameter] = {}
         for name, giver in _givers(model, layers, ids_BT).items():

@@ -66,9 +66,11 @@ def test_a_layer_whose_input_nothing_known_gives_is_refused() -> None:
         ColumnScales(model, layers, "shared", IDS)
 
 
-def test_an_activation_that_passes_no_factor_is_refused() -> None:
+@pytest.mark.parametrize("field", ["activation_function", "hidden_act"])
+def test_an_activation_that_passes_no_factor_is_refused(field: str) -> None:
     model = _opt().eval()
-    model.config.activation_function = "gelu"
+    model.config.activation_function = None
+    setattr(model.config, field, "gelu")
     layers = convert_plain(model, plan_conversion(model, 16), trainable=True)
     with pytest.raises(ValueError, match="gelu does not pass a factor from fc1 to fc2"):
         ColumnScales(model, layers, "shared", IDS)

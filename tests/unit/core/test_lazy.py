@@ -147,7 +147,7 @@ def test_a_damaged_file_is_named_and_the_block_is_as_before(damage: str, folder:
         assert torch.equal(lazy(input_ids=token_ids).logits, load_model(str(folder))(input_ids=token_ids).logits)
 
 
-def test_files_in_another_form_are_refused_before_anything_is_read(tiny_model: MakeModel, tmp_path: Path) -> None:
+def test_files_in_another_form_are_refused(tiny_model: MakeModel, tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
