@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,8 +70,7 @@ def test_a_layer_whose_input_nothing_known_gives_is_refused() -> None:
 @pytest.mark.parametrize("field", ["activation_function", "hidden_act"])
 def test_an_activation_that_passes_no_factor_is_refused(field: str) -> None:
     model = _opt().eval()
-    model.config.activation_function = None
-    setattr(model.config, field, "gelu")
     layers = convert_plain(model, plan_conversion(model, 16), trainable=True)
+    model.config = SimpleNamespace(hidden_size=32, num_attention_heads=4, **{field: "gelu"})
     with pytest.raises(ValueError, match="gelu does not pass a factor from fc1 to fc2"):
         ColumnScales(model, layers, "shared", IDS)
