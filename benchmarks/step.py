@@ -88,7 +88,7 @@ def latent(shape: Shape, teacher: LlamaForCausalLM, ids: torch.Tensor, deepspeed
     batches = _batches(shape, ids)
     if deepspeed:
         groups = [{"params": list(student.parameters()), "lr": 1e-3}]
-        engine = Engine(student, groups, EngineConfig(shape.windows, 1), timeout_s=60)
+        engine = Engine(student, groups, EngineConfig(shape.windows, 1), Gang(), timeout_s=60)
 
         def step() -> None:
             batch = next(batches)
