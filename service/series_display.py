@@ -33,11 +33,12 @@ ROWS: tuple[tuple[str, str, Format], ...] = (
 def curve(values: Sequence[float], width: int = CURVE_WIDTH) -> str:
     """The values as block characters, lowest to highest: means of neighbours where there are more than `width`."""
     count = min(width, len(values))
-    edges = [len(values) * i // count for i in range(count + 1)] if count else []
+    if not count or min(values) == max(values):  # means of equal numbers differ in their last digit
+        return BLOCKS[0] * count
+    edges = [len(values) * i // count for i in range(count + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
-    low, span = min(means, default=0.0), max(means, default=0.0) - min(means, default=0.0)
-    top = len(BLOCKS) - 1
-    return "".join(BLOCKS[round((mean - low) / span * top) if span else 0] for mean in means)
+    low, span = min(means), max(means) - min(means)
+    return "".join(BLOCKS[round((mean - low) / span * (len(BLOCKS) - 1)) if span else 0] for mean in means)
 
 
 def series_table(steps: Sequence[Json]) -> Table:
