@@ -147,9 +147,21 @@ class ResourceSpec(Strict):
         "larger than the memory can be binarized; effort `quick` only. Every batch of the evaluation reads the teacher "
         "from disk again.",
     )
-    zero_stage: Literal[0, 1, 2] = Field(
+    teacher: Literal["resident", "offloaded", "sharded", "cached"] = Field(
+        default="resident",
+        description="Where the teacher's weights are during training: in the memory of every rank, on disk with one "
+        "block at a time in memory, divided over the ranks (ZeRO stage 3), or nowhere, its 64 likeliest tokens at each "
+        "position written to disk before. All but `resident` also load the model block by block in the other stages.",
+    )
+    activation_checkpointing: bool = Field(
+        default=False,
+        description="Decoder blocks keep only their input for the backward pass and compute the rest again: much less "
+        "memory for one more forward pass.",
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(
         default=1,
-        description="DeepSpeed ZeRO stage of the full-precision parameters (scales, norms, embeddings, head).",
+        description="DeepSpeed ZeRO stage of the full-precision parameters (scales, norms, embeddings, head): what of "
+        "them is divided over the ranks. 1: the optimizer, 2: gradients too, 3: parameters too.",
     )
 
 
@@ -197,6 +209,14 @@ class JobSpec(Strict):
             raise ValueError(f"method.{idle[0]} has no effect with effort 'quick' (no training): drop it")
         if self.init == "random" and (idle := self.method.changed(("calibration_tokens", "blockwise_steps"))):
             raise ValueError(f"method.{idle[0]} has no effect with init 'random': drop it")
+        if self.method.effort == "quick" and self.resources.teacher != "resident":
+            raise ValueError("resources.teacher has no effect with effort 'quick' (no training): use offload 'blocks'")
+        if self.method.effort == "quick" and self.resources.activation_checkpointing:
+            raise ValueError("resources.activation_checkpointing has no effect with effort 'quick' (no training)")
+        if self.resources.teacher == "sharded" and self.resources.gpus == 1:
+            raise ValueError(
+                "resources.teacher 'sharded' divides the teacher over ranks: use more gpus, or 'offloaded'"
+            )
         if self.resources.offload == "blocks" and self.train_tokens:
             raise ValueError("resources.offload 'blocks' trains block by block: use effort 'quick', or offload 'none'")
         if self.method.effort == "max" and self.method.tokens is not None:

@@ -37,10 +37,16 @@ class StepSeconds(BaseModel):
     """Where the time of one step went on rank 0, seconds."""
 
     forward: Number = Field(default=None, description="Student and teacher forward passes.")
-    backward: Number = Field(default=None, description="Backward passes, without waiting for other ranks.")
-    communication: Number = Field(default=None, description="Collectives: gradients, bits, metrics.")
-    flips: Number = Field(default=None, description="KBOP's own step: evidence, choice of flips, flipping.")
-    optimizer: Number = Field(default=None, description="AdamW of scales and full-precision parameters.")
+    backward: Number = Field(
+        default=None, description="Backward passes and the evidence they add to, without the wait for others."
+    )
+    communication: Number = Field(
+        default=None, description="Waiting for other ranks: gradients, moments, thresholds, bits, losses."
+    )
+    flips: Number = Field(default=None, description="KBOP's own step: moments, choice of flips, flipping.")
+    optimizer: Number = Field(
+        default=None, description="DeepSpeed's step of scales and full-precision parameters, its waits included."
+    )
 
 
 #: The parts of a step, in the order in which they are shown; `<phase>_s` in a job's progress metrics.
@@ -54,11 +60,13 @@ class TrainingStep(BaseModel):
     loss: Number = Field(default=None, description="Mean KL to the teacher, nats per token; absent if not finite.")
     flip_rate: Number = Field(default=None, description="Share of all binary weights flipped in the step, 0 to 1.")
     reversal_rate: Number = Field(
-        default=None, description="Share of all binary weights flipped back in the step, 0 to 1."
+        default=None, description="Share of the step's flips that give back a sign of the start, 0 to 1; estimated."
     )
     tokens_per_s: Number = Field(default=None, description="Training tokens per second, all ranks together.")
     seconds: StepSeconds | None = Field(default=None, description="Where the time of the step went.")
-    peak_bytes: int | None = Field(default=None, description="Most memory in use so far, bytes.")
+    peak_bytes: int | None = Field(
+        default=None, description="Most memory that rank 0 has had in use, bytes: of the GPU if it has one."
+    )
     mfu: Number = Field(default=None, description="Model FLOPs utilization, 0 to 1; only on GPUs.")
     flips: dict[str, int] | None = Field(default=None, description="Flips by layer; with `layers=true`.")
     reversals: dict[str, int] | None = Field(default=None, description="Reversals by layer; with `layers=true`.")

@@ -26,6 +26,7 @@ from torch.distributed import distributed_c10d
 
 from kbop_core.errors import NonFiniteGradient
 from kbop_core.fragments import Fragments
+from kbop_core.lazy import blocks_on_disk, keep
 from kbop_core.shard import Gang
 from kbop_core.slices import Slice, SliceReader
 
@@ -114,11 +115,15 @@ def _skip_unused_compilation() -> None:
 def share_frozen(model: nn.Module) -> Callable[..., Any]:
     """A frozen model whose parameters are divided over the ranks (ZeRO stage 3) and gathered a layer at a time.
 
-    Every rank must call it equally often. The model itself is changed.
+    Every rank must call it equally often. The model itself is changed: blocks that are on disk (lazy.py) are loaded
+    and divided one after the other, so that no rank ever holds more than one of them whole.
     """
     _skip_unused_compilation()
     half = next(model.parameters()).dtype == torch.bfloat16
     config = EngineConfig(1, 1, zero_stage=3, bf16=half, clip=0.0).to_deepspeed()
+    for block in blocks_on_disk(model):
+        keep(model, block)
+        deepspeed.zero.Init(module=model.get_submodule(block), config_dict_or_path=config)
     shared: Callable[..., Any]
     shared, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
     return shared

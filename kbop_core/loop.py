@@ -11,7 +11,7 @@ One step, on every rank:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,7 +23,7 @@ from kbop_core.errors import NonFiniteLoss, OutOfMemory
 from kbop_core.evidence import EvidenceKind
 from kbop_core.full_precision import OTHER_LR, SCALE_LR, parameter_groups
 from kbop_core.kbop import KBOP, FlipStats
-from kbop_core.phases import Phases, no_clock
+from kbop_core.phases import Phases
 from kbop_core.recompute import recompute_blocks
 from kbop_core.schedules import FLIP_RATE, FlipSchedule, warmup_cosine
 from kbop_core.shard import Gang
@@ -63,8 +63,18 @@ class StepLayout:
         return range(start, start + self.micro_batch)
 
 
-def layout_steps(batch_tokens: int, context: int, ranks: int, max_micro_batch: int) -> StepLayout:
-    """The layout nearest to `batch_tokens` tokens a step with equally many whole windows, at least 1, on each rank."""
+def layout_steps(
+    batch_tokens: int, context: int, ranks: int, max_micro_batch: int, windows: int | None = None
+) -> StepLayout:
+    """The layout nearest to `batch_tokens` tokens a step with equally many whole windows, at least 1, on each rank.
+
+    Args:
+        batch_tokens, context, ranks: see StepLayout.
+        max_micro_batch: most windows of a rank in one micro-step.
+        windows: in a step, when the run has begun with another number of ranks; kept if it can be dealt equally.
+    """
+    if windows is not None and windows % ranks == 0:
+        batch_tokens = windows * context
     per_rank = max(1, round(batch_tokens / (context * ranks)))
     micro_batch = max(d for d in range(1, min(per_rank, max_micro_batch) + 1) if per_rank % d == 0)
     return StepLayout(context, per_rank * ranks, ranks, micro_batch)
@@ -159,7 +169,7 @@ def start_run(
     config: TrainConfig,
     layout: StepLayout,
     gang: Gang,
-    clock: Callable[[], float] = no_clock,
+    phases: Phases | None = None,
 ) -> Run:
     """Put a binary student's full-precision side into DeepSpeed and its signs under KBOP.
 
@@ -167,7 +177,7 @@ def start_run(
         student: with BinaryLinear layers (trainable); every floating-point parameter of it will train.
         teacher: see teacher.py; a model is a live one.
         windows_NT: training windows on the CPU, int64 (N, T).
-        clock: for `StepMetrics.seconds`; see Phases.
+        phases: measures `StepMetrics.seconds`; None: nothing is measured.
     """
     device = next(student.parameters()).device
     student.eval().requires_grad_(True)  # no dropout: it would blur the teacher, and make a resumed run another one
@@ -177,7 +187,7 @@ def start_run(
     if config.activation_checkpointing:
         recompute_blocks(student)
     engine = Engine(student, groups, engine_config, gang, config.timeout_s)
-    gang = replace(gang, group=engine.group if gang.size > 1 else None, phases=Phases(clock))
+    gang = replace(gang, group=engine.group if gang.size > 1 else None, phases=phases or Phases())
     kbop = KBOP(layers, config.flip_schedule, config.momentum, layout.micro_steps, gang, config.evidence)
     live = LiveTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
     return Run(config, layout, gang, live, engine, kbop, windows_NT, device)

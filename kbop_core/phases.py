@@ -19,16 +19,21 @@ def no_clock() -> float:
     return 0.0
 
 
+def no_device() -> None:
+    """Waits for nothing: the work of a CPU is done when it was asked for."""
+
+
 class Phases:
     """Seconds spent in each phase since they were last taken.
 
     Args:
-        clock: seconds, monotonic. On a GPU it should wait for the device first, or the work of one phase is counted in
-            the one that waits for it.
+        clock: seconds, monotonic.
+        settle: waits until the device has done what it was asked for, so that a phase is charged with its own work.
+            Not called within backward, where transfers overlap with it: there only the host's wait is communication.
     """
 
-    def __init__(self, clock: Callable[[], float] = no_clock) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float] = no_clock, settle: Callable[[], None] = no_device) -> None:
+        self._clock, self._settle = clock, settle
         self._spent: defaultdict[str, float] = defaultdict(float)
         self._open: list[str] = []
         self._since = 0.0
@@ -46,6 +51,8 @@ class Phases:
 
     def _turn(self) -> None:
         """Give what has passed since the last change to the innermost open phase."""
+        if self._open[:1] != ["backward"] or len(self._open) == 1:
+            self._settle()
         now = self._clock()
         if self._open:
             self._spent[self._open[-1]] += now - self._since

@@ -39,9 +39,17 @@ JOB_GAUGES = (
     JobGauge("kbop_job_eta_seconds", "Estimated seconds left of the stage.", lambda progress: progress.get("eta_s")),
     JobGauge("kbop_job_loss", "Training loss of the last step, nats per token.", _metric("loss")),
     JobGauge("kbop_job_flip_rate", "Share of binary weights flipped in the last step.", _metric("flip_rate")),
-    JobGauge("kbop_job_reversal_rate", "Reversals of the last step, as a share.", _metric("reversal_rate")),
+    JobGauge(
+        "kbop_job_reversal_rate",
+        "Share of the last step's flips that give back a sign of the start.",
+        _metric("reversal_rate"),
+    ),
     JobGauge("kbop_job_tokens_per_second", "Training tokens per second, all ranks.", _metric("tokens_per_s")),
-    JobGauge("kbop_job_peak_memory_bytes", "Most memory in use so far.", _metric("peak_bytes")),
+    JobGauge(
+        "kbop_job_peak_memory_bytes",
+        "Most memory that rank 0 has had in use, of the GPU if it has one.",
+        _metric("peak_bytes"),
+    ),
     JobGauge("kbop_job_mfu_ratio", "Model FLOPs utilization, on GPUs only.", _metric("mfu")),
 )
 

@@ -20,6 +20,7 @@ from kbop_core.checkpoint import save_tensors
 from kbop_core.convert import check_finite
 from kbop_core.errors import BadWeights, DataOverlap, UnsupportedModel
 from kbop_core.hf import context_length, vocabulary_size
+from kbop_core.loop import layout_steps
 from kbop_core.perplexity import evaluate as score
 from kbop_core.text import (
     Windows,
@@ -60,6 +61,7 @@ def prepare(space: Workspace) -> dict[str, Any]:
         "begins_with_bos": space.tokenizer.encode("a")[0] == space.tokenizer.bos_token_id,
         "perplexity_per": "token",
         "training_windows": len(ids),
+        "windows_per_step": layout_steps(space.spec.method.batch_tokens, context, space.gang.size, 1).windows,
         "training_tokens": ids.numel(),
         "training_text_sha256": _digest(training_text),
         "evaluation": described,

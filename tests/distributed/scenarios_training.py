@@ -263,6 +263,9 @@ def teachers(gang: Gang, folder: Path) -> dict[str, list[float]]:
     places: dict[str, Callable[[], Any]] = {
         "resident": lambda: make_llama(0),
         "sharded": lambda: LiveTeacher(share_frozen(make_llama(0))),
+        "sharded from disk": lambda: LiveTeacher(
+            share_frozen(load_lazily(str(folder / "teacher"), None, torch.float32, torch.device("cpu")))
+        ),
         "offloaded": lambda: load_lazily(str(folder / "teacher"), None, torch.float32, torch.device("cpu")),
         "cached": lambda: CachedTeacher(cache),
     }

@@ -247,7 +247,7 @@ def test_activation_checkpointing_changes_no_bit_with_any_zero_stage(stage: int,
         assert differing(recomputed, kept) == []
 
 
-@pytest.mark.parametrize("place", ["sharded", "offloaded"])
+@pytest.mark.parametrize("place", ["sharded", "sharded from disk", "offloaded"])
 def test_a_teacher_teaches_the_same_wherever_its_weights_are(place: str, outcome: Outcome) -> None:
     losses = outcome(2, "teachers", 0)
     assert losses[place] == losses["resident"]
