@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from kbop_core.full_precision import OTHER_LR, SCALE_LR, parameter_groups
 from kbop_core.kbop import KBOP
 from kbop_core.schedules import FLIP_RATE, FlipSchedule, warmup_cosine
 from kbop_core.shard import Gang
-from kbop_core.text import WindowOrder
+from kbop_core.window_source import WindowSource
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,6 @@ class TrainConfig:
         scale_lr: peak AdamW learning rate of scales, a share of their size (full_precision.py).
         other_lr: of norms, biases, embeddings and head, likewise.
         warmup: share of the steps in which all rates rise, 0 … 1.
-        seed: of the window order.
         zero_stage: DeepSpeed ZeRO stage of the full-precision side.
         timeout_s: of collectives, seconds.
     """
@@ -92,7 +91,6 @@ class TrainConfig:
     scale_lr: float = SCALE_LR
     other_lr: float = OTHER_LR
     warmup: float = 0.05
-    seed: int = 0
     zero_stage: int = 1
     timeout_s: float = 600.0
 
@@ -134,29 +132,23 @@ class Run:
     teacher: nn.Module
     engine: Engine
     kbop: KBOP
-    windows_NT: Tensor
+    windows: WindowSource
     device: torch.device
-    order: WindowOrder = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.order = WindowOrder(len(self.windows_NT), self.config.seed)
 
     def batch(self, step: int, micro_step: int) -> Tensor:
         """This rank's windows of a micro-step, int64 (B, T), on the device."""
-        places = self.layout.places(step, micro_step, self.gang.rank)
-        rows = torch.tensor(list(self.order.indices(places.start, places.stop)))
-        return self.windows_NT[rows].to(self.device)
+        return self.windows.take(self.layout.places(step, micro_step, self.gang.rank)).to(self.device)
 
 
 def start_run(
-    student: nn.Module, teacher: nn.Module, windows_NT: Tensor, config: TrainConfig, layout: StepLayout, gang: Gang
+    student: nn.Module, teacher: nn.Module, windows: WindowSource, config: TrainConfig, layout: StepLayout, gang: Gang
 ) -> Run:
     """Put a binary student's full-precision side into DeepSpeed and its signs under KBOP.
 
     Args:
         student: with BinaryLinear layers (trainable); every floating-point parameter of it will train.
         teacher: same vocabulary, no gradients; same device.
-        windows_NT: training windows on the CPU, int64 (N, T).
+        windows: what to train on, in the order of the run.
     """
     device = next(student.parameters()).device
     student.eval().requires_grad_(True)  # no dropout: it would blur the teacher, and make a resumed run another one
@@ -166,7 +158,7 @@ def start_run(
     gang = replace(gang, group=engine.group) if gang.size > 1 else gang
     layers, schedule = binary_layers(student), config.flip_schedule
     kbop = KBOP(layers, schedule, config.momentum, layout.micro_steps, gang, config.evidence)
-    return Run(config, layout, gang, teacher, engine, kbop, windows_NT, device)
+    return Run(config, layout, gang, teacher, engine, kbop, windows, device)
 
 
 def train(run: Run, steps: Iterable[int]) -> Iterator[StepMetrics]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from jobs.stop import StopAsked
 from jobs.workspace import GANG_TIMEOUT_S, Workspace
@@ -38,8 +37,7 @@ def train(space: Workspace) -> dict[str, Any]:
     student = space.fresh_model()
     convert_plain(student, space.plan, trainable=True)
     load_student(student, space.init_student)
-    ids = load_file(space.training_windows_file)["ids"]
-    run = start_run(student, space.teacher, ids, train_config(space), space.layout, space.gang)
+    run = start_run(student, space.teacher, space.windows, train_config(space), space.layout, space.gang)
     checkpoints = space.folder("train/checkpoints")
     start = _resume(space, run, checkpoints)
     with space.stop.deferred():
@@ -78,7 +76,6 @@ def train_config(space: Workspace) -> TrainConfig:
         evidence=method.evidence,
         scale_lr=method.scale_lr,
         other_lr=method.other_lr,
-        seed=space.spec.seed,
         zero_stage=space.spec.resources.zero_stage,
         timeout_s=STEP_TIMEOUT_S,
     )

@@ -27,7 +27,8 @@ import json, math, sys
 from pathlib import Path
 import torch
 import kbop_core
-from kbop_core.text import evaluation_windows, read_documents
+from kbop_core.documents import read_documents
+from kbop_core.text import evaluation_windows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder, text, context = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
