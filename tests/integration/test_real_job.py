@@ -141,7 +141,7 @@ def test_training_holds_no_latent_weights(report):
 
 def test_the_report_says_how_it_came_about(report, finished, tiny):
     assert (report["job_id"], report["ranks"], report["device"], report["attempts"]) == (finished, 2, "cpu", 1)
-    assert report["spec"]["data"] == [{"source": str(tiny.train), "split": "all"}]
+    assert report["spec"]["data"] == [{"source": str(tiny.train), "split": "all", "weight": None}]
     assert report["time"]["stages"].keys() == set(STAGES)
     assert report["time"]["total_s"] == pytest.approx(sum(report["time"]["stages"].values()))
     assert report["samples"] and all(s["teacher"].strip() and s["kbop"].strip() for s in report["samples"])
