@@ -157,7 +157,7 @@ def _parquet(path: Path) -> Rows:
 
     def cells(start: int) -> Iterator[Any]:
         try:
-            with pyarrow.parquet.ParquetFile(path) as file:
+            with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:  # True: all row groups in memory
                 groups = _groups_from(file.metadata, start)
                 if "text" not in file.schema_arrow.names:
                     raise _no_field(path)

@@ -82,9 +82,13 @@ def _tokenise_sources(space: Workspace, sources: Sequence[DataSource], held_out:
         )
 
         def tell(tokens: int, enough: int = enough) -> None:
-            space.journal.progress(min(tokens, enough), enough)
+            if enough > READ_AT_LEAST:  # otherwise it is soon done, and mostly by the source's end
+                space.journal.progress(min(tokens, enough), enough)
 
         tokenise(side.rows, recipe, folder, enough, space.gang, space.device, tell)
+        index = read_index(folder)
+        end = "" if index.whole else ", enough for this run"
+        space.journal.note(f"{set_name(source)}: {index.documents:,} documents, {index.tokens:,} tokens{end}")
 
 
 def enough_tokens(spec: JobSpec, sources: Sequence[DataSource]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from itertools import islice
 from pathlib import Path
 
@@ -128,6 +129,22 @@ def test_a_stream_reads_no_further_than_it_is_asked(tmp_path: Path) -> None:
     path = write(tmp_path, "a.jsonl", '{"text": "one"}\n{"text": "two"}\n{broken\n')
     assert file_rows(path).first(2) == ["one", "two"]
     assert list(islice(file_rows(path).documents(), 1)) == ["one"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_stream_never_holds_more_than_a_piece_of_the_file(tmp_path: Path, kind: str) -> None:
+    texts, path = ["x" * (MIB // 16)] * 512, tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": texts}), path, row_group_size=16, compression="none", use_dictionary=False)
+    else:
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert path.stat().st_size > 32 * MIB
+    before, held = pa.total_allocated_bytes(), 0
+    tracemalloc.start()
+    for _ in file_rows(path).documents():
+        held = max(held, pa.total_allocated_bytes() - before + tracemalloc.get_traced_memory()[1])
+    tracemalloc.stop()
+    assert held < 12 * MIB
 
 
 @pytest.mark.parametrize("row", ['{"text": 5}', '{"text": ["a"]}', '{"text": {"a": "b"}}'])
