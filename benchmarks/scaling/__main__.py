@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,9 @@ def state(rows: list[dict[str, Any]], claims: list[Claim]) -> None:
             signs = ranks[0]["wire_signs"] / ranks[0]["weights"]
             extra = max(found["extra_bytes"] / found["largest_gradient"] for found in ranks)
             rows.append(
-                row("KBOP", size, evidence=evidence, state=whole, wire=signs if size > 1 else 0.0, extra_gradients=extra)
+                row(
+                    "KBOP", size, evidence=evidence, state=whole, wire=signs if size > 1 else 0.0, extra_gradients=extra
+                )
             )
             label = f"{evidence}, {size} ranks" if size > 1 else f"{evidence}, 1 rank"
             claims.append(
@@ -135,19 +138,23 @@ def _reductions(rank: int, port: int, folder: str) -> None:
     whole, found = torch.randn(2048, 2048), {}
     for dtype in (torch.float32, torch.bfloat16):
         part = whole.to(dtype)
-        ways = {
-            "reduce-scatter": lambda part=part: dist.reduce_scatter_tensor(torch.empty_like(part[:1024]), part),
-            "all-to-all and sum": lambda part=part: _all_to_all(part),
+        ways: dict[str, Callable[[torch.Tensor], Any]] = {
+            "reduce-scatter": _reduce_scatter,
+            "all-to-all and sum": _all_to_all,
         }
         for name, way in ways.items():
-            way()
+            way(part)
             began = time.perf_counter()
             for _ in range(10):
-                way()
+                way(part)
             found[f"{name}, {str(dtype).removeprefix('torch.')}"] = 100 * (time.perf_counter() - began)
     dist.destroy_process_group()
     if rank == 0:
         (Path(folder) / "found.json").write_text(json.dumps(found))
+
+
+def _reduce_scatter(part: torch.Tensor) -> None:
+    dist.reduce_scatter_tensor(torch.empty_like(part[:1024]), part)
 
 
 def _all_to_all(part: torch.Tensor) -> torch.Tensor:

@@ -108,7 +108,9 @@ def measure(case: Case, gang: Gang, wire: Wire, device: torch.device) -> dict[st
     teacher = shape.model(case.context, device, dtype).eval().requires_grad_(False)
     student = shape.model(case.context, device, dtype).eval()
     plan = plan_conversion(student, 128)
-    ids = torch.randint(0, shape.vocabulary, (8 * case.windows, case.context), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(
+        0, shape.vocabulary, (8 * case.windows, case.context), generator=torch.Generator().manual_seed(1)
+    )
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     method = _kbop if case.method == "kbop" else _latent

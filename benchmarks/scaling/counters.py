@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,7 +45,7 @@ class Wire:
     def _counted(self, name: str, function: Callable[..., Any], argument: str, times: int) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
             value = kwargs.get(argument) if argument in kwargs else args[_PLACES.get(argument, 0)]
-            tensors = [value] if isinstance(value, Tensor) else value
+            tensors: list[Tensor] = [value] if isinstance(value, Tensor) else list(value)
             self.bytes[self.label][name] += times * sum(t.nbytes for t in tensors)
             return function(*args, **kwargs)
 
@@ -79,7 +78,7 @@ class LiveTensors(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -101,8 +100,3 @@ class LiveTensors(TorchDispatchMode):
 
     def _freed(self, size: int) -> None:
         self.live -= size
-
-
-def storage_bytes(tensors: Iterator[torch.Tensor]) -> int:
-    """Bytes of distinct storages behind tensors."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
