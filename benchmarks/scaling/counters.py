@@ -44,7 +44,7 @@ class Wire:
 
     def _counted(self, name: str, function: Callable[..., Any], argument: str, times: int) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
-            value = kwargs.get(argument) if argument in kwargs else args[_PLACES.get(argument, 0)]
+            value: Any = kwargs[argument] if argument in kwargs else args[_PLACES.get(argument, 0)]
             tensors: list[Tensor] = [value] if isinstance(value, Tensor) else list(value)
             self.bytes[self.label][name] += times * sum(t.nbytes for t in tensors)
             return function(*args, **kwargs)
