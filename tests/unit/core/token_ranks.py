@@ -46,7 +46,7 @@ def ranks(size: int, work: Callable[[Gang], None]) -> None:
 
     def run(rank: int) -> None:
         try:
-            work(ThreadGang(rank, size, None, meeting))
+            work(ThreadGang(rank, size, meeting=meeting))
         except BaseException:
             meeting.barrier.abort()
             raise
