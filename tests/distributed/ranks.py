@@ -22,7 +22,7 @@ import torch
 
 from kbop_core.engine import gang_of_ranks
 
-EVERY = ("collectives", "small_layers", "quality", "init", "blockwise", "resume")
+EVERY = ("collectives", "small_layers", "quality", "init", "blockwise", "resume", "token_files")
 MOST = ("exact_flips", "exact_int8_flips", "dyadic_engine", "zero_stages", "nan_norm")
 #: Number of ranks → scenarios they run, in this order.
 SCENARIOS = {
