@@ -30,6 +30,7 @@ from kbop_core.distill import distillation_loss, teacher_logits
 from kbop_core.engine import Engine, EngineConfig, gang_of_ranks
 from kbop_core.evidence import EvidenceKind
 from kbop_core.flops import ModelSize, flops_per_token, peak_flops
+from kbop_core.kbop import FlipStats
 from kbop_core.loop import Run, StepLayout, TrainConfig, start_run, train
 from kbop_core.phases import Phases
 from kbop_core.recompute import recompute_blocks
@@ -150,7 +151,7 @@ def _kbop(
     flips: list[float] = []
     run.kbop.step = partial(_timed, run.kbop.step, wire, flips)  # type: ignore[method-assign]
     steps = train(run, range(total))
-    seconds, phases = _steps(lambda: next(steps), case.steps, wire), None
+    seconds = _steps(lambda: next(steps), case.steps, wire)
     found = {
         "step_s": statistics.median(seconds),
         "flip_s": statistics.median(flips[WARMUP:]),
@@ -159,8 +160,10 @@ def _kbop(
         "wire_other": wire.total("other") / case.steps,
     }
     metrics, found["extra_bytes"] = _peak_over_plain(run, lambda: next(steps))
-    phases = metrics.seconds
-    found |= {"phases": dict(phases), "largest_gradient": 4 * max(e.out_features * e.in_features for e in plan.binary)}
+    found |= {
+        "phases": dict(metrics.seconds),
+        "largest_gradient": 4 * max(e.out_features * e.in_features for e in plan.binary),
+    }
     if case.checkpoints:
         found |= _checkpoints(run)
     run.engine.close()
@@ -190,16 +193,15 @@ def _kbop_state(run: Run) -> dict[str, int]:
 
 
 def _peak_over_plain(run: Run, step: Callable[[], Any]) -> tuple[Any, int]:
-    """A step's metrics, and its peak of live bytes above that of a forward and backward pass that keeps nothing."""
+    """A step's metrics, and its peak of live bytes above that of a step that drops every gradient and flips nothing."""
     sinks = {name: shard.layer.gradient_sink for name, shard in run.kbop.shards.items()}
+    flip = run.kbop.step
     for shard in run.kbop.shards.values():
         shard.layer.gradient_sink = _drop
+    run.kbop.step = _no_flips  # type: ignore[method-assign]
     with LiveTensors() as plain:
-        ids, numbers = run.batch(0, 0)
-        loss = run.teacher.loss(run.engine(ids), ids, numbers)
-        parameters = [p for p in run.engine._engine.module.parameters() if p.requires_grad]
-        torch.autograd.grad(loss, parameters, allow_unused=True)
-        del loss, ids
+        step()
+    run.kbop.step = flip  # type: ignore[method-assign]
     for name, shard in run.kbop.shards.items():
         shard.layer.gradient_sink = sinks[name]
     with LiveTensors() as whole:
@@ -209,6 +211,10 @@ def _peak_over_plain(run: Run, step: Callable[[], Any]) -> tuple[Any, int]:
 
 def _drop(_gradient: Tensor) -> None:
     return None
+
+
+def _no_flips() -> FlipStats:
+    return FlipStats({}, {}, 0)
 
 
 def _checkpoints(run: Run) -> dict[str, float]:
