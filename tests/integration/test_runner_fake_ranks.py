@@ -218,6 +218,14 @@ def test_a_port_that_was_taken_is_tried_again_with_another(server):
     assert len(ports) == 2
 
 
+def test_ranks_that_can_do_with_less_memory_get_another_attempt_although_none_is_left(server):
+    server.scheduler.close()
+    server.start(replace(QUICK, max_attempts=1))
+    job_id = server.submit("memory-once")
+    assert server.until_ended(job_id).status is JobStatus.SUCCEEDED
+    assert server.store.attempts(job_id)[0].error["code"] == "out_of_memory"
+
+
 def test_a_cancel_lets_the_ranks_stop_and_frees_the_devices(server):
     job_id = server.submit("waits")
     folder = server.until_ranks_wait(job_id)
