@@ -19,7 +19,7 @@ from sqlalchemy.exc import ArgumentError
 from jobs.devices import discover_devices
 from jobs.errors import JobsError
 from jobs.executors.local import LocalExecutor
-from jobs.runner import RunnerSettings
+from jobs.runner_settings import RunnerSettings
 from jobs.scheduler import Scheduler, SchedulerSettings
 from jobs.store import Store
 from service.json_logs import configure_json_logs
@@ -123,7 +123,12 @@ def listening(settings: ServerSettings, fail: Fail) -> Iterator[socket.socket]:
 
 def make_scheduler(settings: ServerSettings, store: Store, devices: tuple[str, ...]) -> Scheduler:
     """A scheduler with the local executor. Raises SchedulerRunning."""
-    runner = RunnerSettings(lease_s=settings.lease_s, grace_s=settings.grace_s, max_attempts=settings.max_attempts)
+    runner = RunnerSettings(
+        lease_s=settings.lease_s,
+        grace_s=settings.grace_s,
+        max_attempts=settings.max_attempts,
+        watchdog_s=settings.watchdog_s,
+    )
     executor = LocalExecutor(settings.data_dir, settings.resolved_database_url(), runner)
     return Scheduler(
         store,

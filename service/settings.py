@@ -66,6 +66,12 @@ class ServerSettings(BaseSettings):
     max_attempts: int = Field(default=3, ge=1, le=100, description="Attempts of a job that system errors end.")
     lease_s: float = Field(default=30.0, ge=1.0, le=3600.0, description="Seconds a runner may be silent.")
     grace_s: float = Field(default=30.0, ge=0.0, le=3600.0, description="Seconds between SIGTERM and SIGKILL.")
+    watchdog_s: float = Field(
+        default=1800.0,
+        ge=1.0,
+        le=7 * 86_400.0,
+        description="Seconds training may go without a step before its attempt ends; other stages: four times that.",
+    )
     disk_floor_bytes: int = Field(default=512 * MIB, ge=0, description="Free bytes below which no job starts.")
     max_body_bytes: int = Field(default=MIB, ge=1024, le=1024 * MIB, description="Largest request body.")
 

@@ -25,7 +25,8 @@ from jobs.json_files import read_json
 from jobs.layout import artifacts_dir, attempt_dir, attempt_tag, job_dir
 from jobs.process import ProcessIdentity, sweep, tagged
 from jobs.records import JobRecord, JobStatus, Lease
-from jobs.runner import RunnerSettings, run_attempt
+from jobs.runner import run_attempt
+from jobs.runner_settings import RunnerSettings
 from jobs.scheduler import Scheduler, SchedulerSettings
 from jobs.spec import JobSpec
 from jobs.store import Store
@@ -352,6 +353,16 @@ def test_a_runner_that_cannot_start_its_ranks_says_so(server):
     job = server.until_ended(server.submit("succeeds"))
     assert (job.status, job.error["code"]) == (JobStatus.FAILED, "runner_crashed")
     assert "/no/such/program" in job.error["message"]
+
+
+def test_ranks_that_get_nowhere_are_ended_and_the_job_is_retried(server):
+    server.scheduler.close()
+    server.start(replace(QUICK, watchdog_s=2, peer_grace_s=0.2))
+    job_id = server.submit("hangs-in-training-once")
+    assert server.until_ended(job_id).status is JobStatus.SUCCEEDED
+    error = server.store.attempts(job_id)[0].error
+    assert error["code"] == "stalled" and "in stage train (allowed: 2 s)" in error["message"]
+    assert ranks(job_id) == []
 
 
 def test_two_schedulers_on_one_data_directory_are_refused(server):
