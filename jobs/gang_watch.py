@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jobs.errors import ClusterError
 from jobs.events import EventForwarder
 from jobs.failures import EXIT_STOPPED, GangEnd
 from jobs.gang import Gang
@@ -54,9 +55,22 @@ class Watched:
 
 
 def watch(gang: Gang, watched: Watched) -> GangEnd:
-    """Return when every rank has ended and its events are stored. Raises LeaseLost."""
-    settings, dog = watched.settings, Watchdog(watched.settings.watchdog_s)
+    """Start the ranks and return when every one has ended and its events are stored. Raises LeaseLost or OSError."""
+    dog = Watchdog(watched.settings.watchdog_s)
     forwarder = EventForwarder(watched.store, watched.lease, watched.folder / "events.jsonl", dog.saw)
+    try:
+        gang.start()
+        end = _until_ended(gang, watched, forwarder, dog)
+    except ClusterError as error:
+        gang.kill()
+        end = GangEnd(lost=error)
+    while not forwarder.forward():
+        watched.heartbeat.check()
+        time.sleep(watched.settings.poll_s)
+    return end
+
+
+def _until_ended(gang: Gang, watched: Watched, forwarder: EventForwarder, dog: Watchdog) -> GangEnd:
     first_failed: tuple[int, ...] = ()
     stall: Stall | None = None
     kill_at: float | None = None
@@ -72,10 +86,7 @@ def watch(gang: Gang, watched: Watched) -> GangEnd:
                 kill_at = time.monotonic() + grace
         elif time.monotonic() > kill_at:
             gang.kill()
-        time.sleep(settings.poll_s)
-    while not forwarder.forward():
-        watched.heartbeat.check()
-        time.sleep(settings.poll_s)
+        time.sleep(watched.settings.poll_s)
     if kill_at is None:
         first_failed = _failed(codes, watched)
     return GangEnd(tuple(code for code in codes if code is not None), first_failed, stall)

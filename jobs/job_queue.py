@@ -18,6 +18,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, RowMapping, Select, delete, func, insert, or_, select, update
 
 from jobs.errors import IllegalTransition, LeaseLost
+from jobs.nodes import choose_devices
 from jobs.records import (
     OUT_OF_MEMORY,
     TRANSITIONS,
@@ -91,7 +92,7 @@ def claim(connection: Connection, owner: str, devices: Sequence[str], now: float
             reason = f"needs {_devices(needed)}, {len(free)} of {len(devices)} free"
             ahead = row
         else:
-            return _start_attempt(connection, row, owner, free[:needed], now, lease_s)
+            return _start_attempt(connection, row, owner, choose_devices(free, needed), now, lease_s)
         if reason != row["waiting_reason"]:
             connection.execute(update(jobs).where(jobs.c.id == row["id"]).values(waiting_reason=reason))
     return None

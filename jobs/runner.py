@@ -25,12 +25,13 @@ from typing import Any, TypeVar
 
 from jobs.artifacts import ArtifactStore
 from jobs.errors import LeaseLost, StorageError, StoreUnavailable
-from jobs.failures import GangEnd, describe, failure_of_publishing, failure_of_ranks, interrupted, stalled
-from jobs.gang import Gang, Launch
+from jobs.failures import GangEnd, describe, failure_of, failure_of_publishing
+from jobs.gang import Gang, Launch, LocalGang
 from jobs.gang_watch import Watched, watch
 from jobs.heartbeat import Heartbeat
 from jobs.json_files import write_json
 from jobs.layout import artifacts_dir, attempt_dir, job_dir
+from jobs.node_gang import NodeGang
 from jobs.process import ProcessIdentity, become_subreaper, free_port
 from jobs.publish import publish
 from jobs.records import Failure, JobStatus, Lease
@@ -98,7 +99,6 @@ class _Attempt:
     def run(self, heartbeat: Heartbeat) -> JobStatus:
         gang = self._prepare()
         try:
-            gang.start()
             end = watch(gang, self._watched(heartbeat))
         finally:
             gang.kill()
@@ -107,11 +107,7 @@ class _Attempt:
             return self._publish(end, heartbeat)
         if heartbeat.cancel_requested:
             return self._end_cancelled(end, heartbeat)
-        if end.stall is not None and not end.first_failed:
-            return self._end_failed(end, stalled(end.stall, self.folder), heartbeat)
-        if end.first_failed:
-            return self._end_failed(end, failure_of_ranks(end, self.folder), heartbeat)
-        return self._end_failed(end, interrupted(), heartbeat)
+        return self._end_failed(end, failure_of(end, self.folder), heartbeat)
 
     def _prepare(self) -> Gang:
         """The attempt's folder and files."""
@@ -120,8 +116,11 @@ class _Attempt:
         spec = JobSpec.model_validate(self.store.get(self.lease.job_id).spec)
         write_json(self.job_dir / "spec.json", spec.model_dump(mode="json"))
         launch = Launch(self.lease.job_id, self.lease.attempt, self.lease.devices, free_port(), self.job_dir)
+        cluster = self.settings.cluster
+        if cluster is not None:
+            return NodeGang(launch, cluster, self.settings.rank_command, self.settings.lease_s)
         write_json(self.folder / "launch.json", launch.as_dict())
-        return Gang(launch, self.settings.rank_command)
+        return LocalGang(launch, self.settings.rank_command)
 
     def _watched(self, heartbeat: Heartbeat) -> Watched:
         return Watched(self.store, self.lease, self.folder, heartbeat, self.stop, self.settings)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TypedDict
 
 from jobs.gang import RANK_COMMAND
+from jobs.nodes import Cluster
 
 
 class Retries(TypedDict):
@@ -29,6 +30,7 @@ class RunnerSettings:
         poll_s: Seconds between two looks at the ranks.
         watchdog_s: Seconds training may go without a step; the other stages, which say less of themselves, get
             four times as long (`jobs.watchdog`).
+        cluster: The nodes that the leases' devices are on; None: they are this machine's.
         rank_command: What starts a rank; `--job-dir J --attempt N` follows.
     """
 
@@ -39,6 +41,7 @@ class RunnerSettings:
     retry_delay_s: float = 5.0
     poll_s: float = 0.1
     watchdog_s: float = 1800.0
+    cluster: Cluster | None = None
     rank_command: tuple[str, ...] = RANK_COMMAND
 
     def to_json(self) -> str:
@@ -53,4 +56,5 @@ class RunnerSettings:
     def from_json(cls, text: str) -> RunnerSettings:
         """The inverse of `to_json`."""
         fields = json.loads(text)
-        return cls(**fields | {"rank_command": tuple(fields["rank_command"])})
+        cluster = fields["cluster"] and Cluster.from_dict(fields["cluster"])
+        return cls(**fields | {"rank_command": tuple(fields["rank_command"]), "cluster": cluster})

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from jobs.gang import Gang, Launch, rank_environment
+from jobs.gang import Launch, LocalGang, rank_environment
 from jobs.layout import attempt_dir
 from jobs.process import tagged
 
@@ -44,7 +44,7 @@ def test_ranks_on_gpus_see_exactly_their_gpus():
 
 def test_killing_takes_along_what_the_ranks_started_and_detached(launch, until):
     detached = "import subprocess, time; subprocess.Popen(['sleep', '60'], start_new_session=True); time.sleep(60)"
-    gang = Gang(launch, (sys.executable, "-c", detached))
+    gang = LocalGang(launch, (sys.executable, "-c", detached))
     gang.start()
     until(lambda: len(tagged("job_1/1")) == 4)
     started = tagged("job_1/1")
@@ -55,5 +55,5 @@ def test_killing_takes_along_what_the_ranks_started_and_detached(launch, until):
 
 def test_when_a_rank_cannot_be_started_none_is_left(launch):
     with pytest.raises(FileNotFoundError):
-        Gang(launch, ("/no/such/program",)).start()
+        LocalGang(launch, ("/no/such/program",)).start()
     assert tagged("job_1/1") == []
