@@ -136,6 +136,7 @@ class _Agent:
         self.codes: list[int | None] = [None] * len(ranks)
         self.port: int | None = None
         self.started = False
+        self._lost = False
         self._command, self._log, self._silence_s = command, log, silence_s
         self._process = self._spawn()
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -155,7 +156,7 @@ class _Agent:
     @property
     def runs(self) -> bool:
         """Whether its ranks were started, are not known to have ended, and may still be heard of."""
-        return self.started and None in self.codes and not self._reader.closed and not self._stdin.closed
+        return self.started and None in self.codes and not self._lost and not self._stdin.closed
 
     def say(self, say: str, **content: Any) -> None:
         """Send a message; that the connection is closed is for `listen` to find out."""
@@ -172,9 +173,10 @@ class _Agent:
             self._heard = time.monotonic()
             self._take(message)
         silent = time.monotonic() - self._heard
-        if None in self.codes and self._reader.closed:
+        self._lost = None in self.codes and (self._reader.closed or silent > self._silence_s)
+        if self._lost and self._reader.closed:
             raise self._gone()
-        if None in self.codes and silent > self._silence_s:
+        if self._lost:
             raise NodeLost(self.node.name, f"nothing was heard of it for {silent:.0f} s")
         if time.monotonic() - self._beat_at > BEAT_S:
             self._beat_at = time.monotonic()
@@ -210,7 +212,7 @@ class _Agent:
     def reap(self) -> None:
         """Wait for the end of the start command; one that hangs, as ssh to a dead node does, is killed."""
         try:
-            self._process.wait(KILL_S)
+            self._process.wait(0.0 if self._lost else KILL_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

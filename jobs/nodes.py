@@ -105,8 +105,8 @@ class Device(NamedTuple):
 
 def parse_device(name: str) -> Device:
     """`node1/cuda:0` or `cuda:0` in parts."""
-    node, _, local = name.rpartition("/")
-    kind, _, slot = local.partition(":")
+    place, _, slot = name.partition(":")
+    node, _, kind = place.rpartition("/")
     return Device(node, kind, slot)
 
 
