@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -219,6 +220,22 @@ def test_a_resumed_job_reports_one_unbroken_curve(server, finished, resumed):
     assert server.report(resumed)["training"]["curve"] == server.report(finished)["training"]["curve"]
     assert server.report(resumed)["perplexity"] == server.report(finished)["perplexity"]
     assert server.report(resumed)["attempts"] == 2
+
+
+def test_two_ranks_on_two_nodes_end_with_the_bytes_of_two_on_one(serve, server, finished, tiny):
+    """Each node gets one core, as each of two ranks on one machine of two does: sums depend on the threads."""
+    cores = sorted(os.sched_getaffinity(0))
+    names = (f"a{cores[0]}", f"b{cores[-1]}")
+    hosts = tiny.folder / "hosts"
+    hosts.write_text("".join(f"{name} slots=1 address=127.0.0.1 device=cpu\n" for name in names))
+    on_its_core = """sh -c 'exec taskset -c ${1#?} sh -c "$2"' start {host} {command}"""
+    nodes = serve(tiny.folder, KBOP_HOSTS=str(hosts), KBOP_NODE_COMMAND=on_its_core)
+    job_id = nodes.submit(tiny.spec(name="undisturbed"))
+    nodes.succeeded(job_id)
+    assert nodes.attempts(job_id) == ["1"]
+    files, expected = nodes.artifacts(job_id), server.artifacts(finished)
+    assert files["model.safetensors"]["sha256"] == expected["model.safetensors"]["sha256"]
+    assert nodes.report(job_id)["training"]["curve"] == server.report(finished)["training"]["curve"]
 
 
 @dataclass(frozen=True)
