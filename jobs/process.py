@@ -1,7 +1,7 @@
 """Processes of an attempt: who they are, how they die with their parent, how strays are found.
 
 Refuses to know jobs: it works with process ids and the tag that every process of an attempt carries in its
-environment. Used by the runner, by the executors and by every rank; Linux gives all guarantees, elsewhere the
+environment. Used by the runner, the executors, the agents of nodes and every rank; Linux gives all guarantees, elsewhere the
 calls that only Linux has do nothing.
 """
 
