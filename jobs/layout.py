@@ -9,6 +9,7 @@ Refuses to create, read or write any of them.
         spec.json                the resolved spec
         work/                    stage outputs, shared by all attempts
           stages/<stage>.json    done markers
+          train/metrics.jsonl    one line per training step
           packed/                checkpoint to publish, with manifest.json
           report/                report.json, report.html
         attempts/<n>/            launch.json runner.json events.jsonl error.json exit.json *.log
@@ -37,6 +38,11 @@ def attempt_dir(job_dir: Path, attempt: int) -> Path:
 def packed_dir(job_dir: Path) -> Path:
     """The checkpoint folder that is published."""
     return job_dir / "work" / "packed"
+
+
+def training_metrics(job_dir: Path) -> Path:
+    """What stage `train` wrote about each step, one JSON object a line."""
+    return job_dir / "work" / "train" / "metrics.jsonl"
 
 
 def report_dir(job_dir: Path) -> Path:

@@ -1,8 +1,8 @@
 """Processes of an attempt: who they are, how they die with their parent, how strays are found.
 
 Refuses to know jobs: it works with process ids and the tag that every process of an attempt carries in its
-environment. Used by the runner, the executors, the agents of nodes and every rank; Linux gives all guarantees, elsewhere the
-calls that only Linux has do nothing.
+environment. Used by the runner, the executors, the agents of nodes and every rank; Linux gives all guarantees,
+elsewhere the calls that only Linux has do nothing.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from safetensors import safe_open
 
-from jobs.stages.train import read_metrics
+from jobs.stages.step_metrics import read_metrics
 from jobs.workspace import Workspace
 from kbop_core.checkpoint import WEIGHTS_FILE, write_json
 from kbop_core.hf import source_dtype
@@ -62,7 +62,7 @@ def build_report(
 ) -> dict[str, Any]:
     """The report as plain data; fields as in this module's head."""
     training, stages = space.facts("train"), _stage_seconds(space)
-    metrics = read_metrics(space.work / "train" / "metrics.jsonl") if space.steps else []
+    metrics = read_metrics(space.metrics_file) if space.steps else []
     stride = -(-len(metrics) // CURVE_POINTS) or 1
     state = training.get("state_bytes_per_binary_weight")
     return {

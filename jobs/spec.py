@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 Effort = Literal["quick", "standard", "max"]
 Share = Annotated[float, Field(ge=0.0, le=0.5)]
+Weight = Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False)]
 LearningRate = Annotated[float, Field(ge=0.0, le=1.0)]
 SourceName = Annotated[str, Field(min_length=1, max_length=4096)]
 
@@ -64,6 +65,12 @@ class DataSource(Strict):
         default="all",
         description="Which part of the source: `eval` is the held-out tenth (documents by a hash of their text; the "
         "last tenth of a source that is one document), `train` is the rest.",
+    )
+    weight: Weight | None = Field(
+        default=None,
+        description="Training sources only: the source gets weight / (sum of weights) of the training windows. Give "
+        "one to every source, or to none: without weights all sources are shuffled together, each with the share of "
+        "its size.",
     )
 
 
@@ -147,9 +154,21 @@ class ResourceSpec(Strict):
         "larger than the memory can be binarized; effort `quick` only. Every batch of the evaluation reads the teacher "
         "from disk again.",
     )
-    zero_stage: Literal[0, 1, 2] = Field(
+    teacher: Literal["resident", "offloaded", "sharded", "cached"] = Field(
+        default="resident",
+        description="Where the teacher's weights are during training: in the memory of every rank, on disk with one "
+        "block at a time in memory, divided over the ranks (ZeRO stage 3), or nowhere, its 64 likeliest tokens at each "
+        "position written to disk before. All but `resident` also load the model block by block in the other stages.",
+    )
+    activation_checkpointing: bool = Field(
+        default=False,
+        description="Decoder blocks keep only their input for the backward pass and compute the rest again: much less "
+        "memory for one more forward pass.",
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(
         default=1,
-        description="DeepSpeed ZeRO stage of the full-precision parameters (scales, norms, embeddings, head).",
+        description="DeepSpeed ZeRO stage of the full-precision parameters (scales, norms, embeddings, head): what of "
+        "them is divided over the ranks. 1: the optimizer, 2: gradients too, 3: parameters too.",
     )
 
 
@@ -197,12 +216,32 @@ class JobSpec(Strict):
             raise ValueError(f"method.{idle[0]} has no effect with effort 'quick' (no training): drop it")
         if self.init == "random" and (idle := self.method.changed(("calibration_tokens", "blockwise_steps"))):
             raise ValueError(f"method.{idle[0]} has no effect with init 'random': drop it")
+        if self.method.effort == "quick" and self.resources.teacher != "resident":
+            raise ValueError("resources.teacher has no effect with effort 'quick' (no training): use offload 'blocks'")
+        if self.method.effort == "quick" and self.resources.activation_checkpointing:
+            raise ValueError("resources.activation_checkpointing has no effect with effort 'quick' (no training)")
+        if self.resources.teacher == "sharded" and self.resources.gpus == 1:
+            raise ValueError(
+                "resources.teacher 'sharded' divides the teacher over ranks: use more gpus, or 'offloaded'"
+            )
         if self.resources.offload == "blocks" and self.train_tokens:
             raise ValueError("resources.offload 'blocks' trains block by block: use effort 'quick', or offload 'none'")
         if self.method.effort == "max" and self.method.tokens is not None:
             raise ValueError("method.tokens replaces what effort 'max' stands for: give one of the two")
         if self.method.effort == "quick" and self.init == "random":
             raise ValueError("effort 'quick' keeps the initial signs, which are random here: use 'standard' or 'max'")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_take_effect(self) -> JobSpec:
+        heavy = next((i for i, source in enumerate(self.eval) if source.weight is not None), None)
+        if heavy is not None:
+            raise ValueError(f"eval[{heavy}].weight has no effect: evaluation text is not drawn from, drop it")
+        bare = next((i for i, source in enumerate(self.data) if source.weight is None), None)
+        if bare is not None and any(source.weight is not None for source in self.data):
+            raise ValueError(f"data[{bare}] has no weight and others have: give a weight to every source or to none")
+        if bare is None and len(self.data) == 1:
+            raise ValueError("data[0].weight has no effect: there is no other source, drop it")
         return self
 
     @property
@@ -222,7 +261,7 @@ class JobSpec(Strict):
         """Training and evaluation sources with the default evaluation split filled in."""
         if self.eval:
             return self.data, self.eval
-        train = tuple(DataSource(source=d.source, split="train") for d in self.data)
+        train = tuple(DataSource(source=d.source, split="train", weight=d.weight) for d in self.data)
         return train, tuple(DataSource(source=d.source, split="eval") for d in self.data)
 
     def canonical_json(self) -> str:
@@ -232,3 +271,9 @@ class JobSpec(Strict):
     def digest(self) -> str:
         """sha256 hex of `canonical_json`."""
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()
+
+
+def weights_of(sources: Sequence[DataSource]) -> list[float] | None:
+    """The sources' weights; None when they have none, and are no mixture."""
+    weights = [source.weight for source in sources if source.weight is not None]
+    return weights or None

@@ -18,6 +18,7 @@ from sqlalchemy import Connection, func, insert, select
 from jobs import job_queue, schema
 from jobs.database import Database
 from jobs.errors import AlreadyFinished, BadCursor, IdempotencyMismatch, UnknownArtifact, UnknownJob
+from jobs.overview import Overview, overview
 from jobs.records import (
     ArtifactRecord,
     AttemptRecord,
@@ -184,6 +185,11 @@ class Store:
             _get(connection, job_id)
             rows = connection.execute(select(table).where(table.c.job_id == job_id).order_by(table.c.number))
             return [schema.to_attempt(row) for row in rows.mappings()]
+
+    def overview(self) -> Overview:
+        """Counts over all jobs, and those that run."""
+        with self._database.read() as connection:
+            return overview(connection)
 
     # For the scheduler
 

@@ -2,9 +2,10 @@
 
 work/
   stages/<stage>.json            done markers, written last
-  tokens/train.safetensors, eval-<i>.safetensors
+  tokens/source-<i>/             token files of a training source (kbop_core/token_files.py)
+  tokens/eval-<i>.safetensors
   init/student.safetensors       after BNN Init and block-wise reconstruction
-  train/checkpoints/, metrics.jsonl, student.safetensors
+  train/checkpoints/, targets/, metrics.jsonl, micro_batch.json, student.safetensors
   packed/                        the checkpoint that is published
   report/report.json, report.html
 """
@@ -20,16 +21,19 @@ import torch
 
 from jobs.journal import Journal
 from jobs.json_files import read_json
+from jobs.layout import training_metrics
 from jobs.sources import ModelSource, locate_model
-from jobs.spec import JobSpec
+from jobs.spec import JobSpec, weights_of
 from jobs.stop import Stop
 from kbop_core.convert import ConversionPlan, plan_conversion
+from kbop_core.errors import DamagedTokens
 from kbop_core.hf import Model, Tokenizer, load_lazily, load_model, load_tokenizer
 from kbop_core.loop import StepLayout, layout_steps
 from kbop_core.shard import Gang
 from kbop_core.text import Windows
+from kbop_core.window_source import StoredWindows, open_windows
 
-#: After which ranks that wait for each other outside training give up, seconds. Rank 0 alone prepares and packs.
+#: After which ranks that wait for each other outside training give up, seconds. Rank 0 alone packs, for one.
 GANG_TIMEOUT_S = 7200.0
 
 
@@ -86,11 +90,15 @@ class Workspace:
         """The model as it was given, frozen: float32 on CPUs, bfloat16 on GPUs. Loaded once per process."""
         return self.fresh_model()
 
+    def forget_teacher(self) -> None:
+        """Let go of the teacher; the next stage that asks for it loads it again."""
+        self.__dict__.pop("teacher", None)
+
     def fresh_model(self) -> Model:
         """Another copy of the model as it was given, to be changed; its blocks stay on disk if the spec says so."""
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        source = self.model_source
-        if self.spec.resources.offload == "blocks":
+        source, resources = self.model_source, self.spec.resources
+        if resources.offload == "blocks" or resources.teacher != "resident":
             return load_lazily(source.location, source.revision, dtype, self.device)
         return load_model(source.location, source.revision, dtype).to(self.device)
 
@@ -107,18 +115,60 @@ class Workspace:
     def layout(self) -> StepLayout:
         """How a training step is dealt to the ranks."""
         method, resources = self.spec.method, self.spec.resources
-        context = self.facts("prepare")["context"]
-        return layout_steps(method.batch_tokens, context, self.gang.size, resources.max_micro_batch)
+        prepared = self.facts("prepare")
+        most = min(resources.max_micro_batch, self.micro_batch_limit)
+        windows = prepared.get("windows_per_step")
+        return layout_steps(method.batch_tokens, prepared["context"], self.gang.size, most, windows)
+
+    @property
+    def micro_batch_limit(self) -> int:
+        """Windows that fit into a micro-step, as far as an attempt that ran out of memory has found out."""
+        return int((read_json(self.micro_batch_file) or {}).get("windows", self.spec.resources.max_micro_batch))
+
+    @property
+    def micro_batch_file(self) -> Path:
+        """Written by a rank that ran out of memory, for the next attempt."""
+        return self.work / "train" / "micro_batch.json"
 
     @property
     def steps(self) -> int:
         """Training steps; 0 when nothing end to end was asked."""
         return -(-self.spec.train_tokens // self.layout.tokens)
 
+    def token_folder(self, number: int) -> Path:
+        """Token files of a training source."""
+        return self.work / "tokens" / f"source-{number}"
+
+    @cached_property
+    def windows(self) -> StoredWindows:
+        """The training windows in the order of the run; the ranks have compared their files with the digests.
+
+        Raises:
+            DamagedTokens: a file is not what stage `prepare` wrote; the next attempt runs that stage again.
+        """
+        try:
+            windows = self.open_windows(self.facts("prepare")["context"])
+            windows.verify(self.gang.rank, self.gang.size)
+        except DamagedTokens:
+            (self.work / "stages" / "prepare.json").unlink(missing_ok=True)
+            raise
+        return windows
+
+    def open_windows(self, context: int) -> StoredWindows:
+        """The training windows that the ranks tokenised, as they are on disk.
+
+        Raises:
+            TextTooShort: no full window; in a mixture, of any source.
+            DamagedTokens: a source has no index.
+        """
+        sources, _ = self.spec.resolved_data()
+        folders = [self.token_folder(number) for number in range(len(sources))]
+        return open_windows(folders, [s.source for s in sources], weights_of(sources), context, self.spec.seed)
+
     @property
-    def training_windows_file(self) -> Path:
-        """Tensor `ids`: int64 (N, context)."""
-        return self.work / "tokens" / "train.safetensors"
+    def metrics_file(self) -> Path:
+        """What stage `train` writes about each step."""
+        return training_metrics(self.job_dir)
 
     @property
     def init_student(self) -> Path:

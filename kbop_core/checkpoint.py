@@ -178,7 +178,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     temporary = path.with_name(f".{path.name}.writing")
     try:
         write_tensors(tensors, temporary, metadata or {})
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
@@ -239,11 +239,11 @@ def folder_written_atomically(folder: Path) -> Iterator[Path]:
         yield temporary
         for path in temporary.rglob("*"):
             if path.is_file():
-                _sync(path)
+                sync(path)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except (OSError, SafetensorError) as error:
         if is_disk_full(error):
             raise DiskFull(f"no space left while writing {folder.name}", "free disk space and resume") from error
@@ -288,7 +288,8 @@ def _describe_all(folder: Path) -> list[dict[str, Any]]:
     return [{"path": str(p.relative_to(folder)), "size": p.stat().st_size, "sha256": sha256(p)} for p in files]
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

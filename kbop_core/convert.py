@@ -212,7 +212,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, ...]:
     declared = set(getattr(model, "_no_split_modules", None) or ())
     candidates = [list(_list_items(name, m)) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     named = [c for c in candidates if c and type(c[0][1]).__name__ in declared]
-    with_linears = [c for c in (named or candidates) if any(_is_linear(m) for _, b in c for m in b.modules())]
+    with_linears = [c for c in (named or candidates) if any(_is_or_was_linear(m) for _, b in c for m in b.modules())]
     if not with_linears:
         raise NothingToBinarize(
             f"{type(model).__name__} has no list of decoder blocks with linear layers",
@@ -242,3 +242,7 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def _is_or_was_linear(module: nn.Module) -> bool:
+    return isinstance(module, BinaryLinear) or _is_linear(module)

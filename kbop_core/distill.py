@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 #: Below this log-probability the rest of a teacher's distribution counts as nothing.
 LEAST_REST = -40.0
@@ -94,7 +95,7 @@ def top_k_loss(student_BTV: Tensor, targets: TopTargets) -> Tensor:
 
 
 @torch.no_grad()
-def teacher_logits(teacher: nn.Module, ids_BT: Tensor) -> Tensor:
+def teacher_logits(teacher: Callable[..., Any], ids_BT: Tensor) -> Tensor:
     """The teacher's logits (B, T, V) for token ids (B, T)."""
     logits: Tensor = teacher(input_ids=ids_BT, use_cache=False).logits
     return logits

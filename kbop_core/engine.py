@@ -1,4 +1,4 @@
-"""Owns the DeepSpeed engine: full-precision parameters, their gradients over ranks, their optimizer and its checkpoint.
+"""Owns the DeepSpeed engine: full-precision parameters, their gradients over ranks, their optimizer and its state.
 
 The only module that imports deepspeed. Refuses binary weights: bits are buffers that DeepSpeed never sees as
 parameters, because it would keep a 4-byte master copy of each, which is a latent weight.
@@ -11,11 +11,10 @@ import math
 import os
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -26,7 +25,10 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
 from kbop_core.errors import NonFiniteGradient
+from kbop_core.fragments import Fragments
+from kbop_core.lazy import blocks_on_disk, keep
 from kbop_core.shard import Gang
+from kbop_core.slices import Slice, SliceReader
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class EngineConfig:
     Attributes:
         micro_batch: windows a rank handles in one micro-step.
         micro_steps: micro-steps accumulated into one step.
-        zero_stage: 0, 1 or 2: what of the full-precision side is sharded over ranks.
+        zero_stage: what of the full-precision side is sharded over ranks: 0 nothing, 1 the optimizer, 2 gradients too,
+            3 parameters too.
         bf16: parameters and activations in bfloat16 (GPUs); float32 otherwise.
         clip: largest norm of the full-precision gradients of a step; 0 turns it off.
     """
@@ -109,6 +112,23 @@ def _skip_unused_compilation() -> None:
     sys.modules.setdefault(name, stub)
 
 
+def share_frozen(model: nn.Module) -> Callable[..., Any]:
+    """A frozen model whose parameters are divided over the ranks (ZeRO stage 3) and gathered a layer at a time.
+
+    Every rank must call it equally often. The model itself is changed: blocks that are on disk (lazy.py) are loaded
+    and divided one after the other, so that no rank ever holds more than one of them whole.
+    """
+    _skip_unused_compilation()
+    half = next(model.parameters()).dtype == torch.bfloat16
+    config = EngineConfig(1, 1, zero_stage=3, bf16=half, clip=0.0).to_deepspeed()
+    for block in blocks_on_disk(model):
+        keep(model, block)
+        deepspeed.zero.Init(module=model.get_submodule(block), config_dict_or_path=config)
+    shared: Callable[..., Any]
+    shared, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
+    return shared
+
+
 class Engine:
     """The full-precision side of one training run.
 
@@ -116,11 +136,17 @@ class Engine:
         model: the student; its parameters that require gradients are trained.
         groups: AdamW parameter groups; `lr` of each is its peak.
         config: see EngineConfig.
+        gang: the ranks.
         timeout_s: of the collectives of groups that DeepSpeed makes, seconds.
     """
 
     def __init__(
-        self, model: nn.Module, groups: Sequence[dict[str, Any]], config: EngineConfig, timeout_s: float
+        self,
+        model: nn.Module,
+        groups: Sequence[dict[str, Any]],
+        config: EngineConfig,
+        gang: Gang,
+        timeout_s: float,
     ) -> None:
         _skip_unused_compilation()
         self._peaks = [float(group["lr"]) for group in groups]
@@ -129,6 +155,8 @@ class Engine:
             model=model, optimizer=optimizer, config=config.to_deepspeed(), dist_init_required=False
         )
         limit_collectives(timeout_s)
+        trained = {n: p for n, p in self._engine.module.named_parameters() if p.requires_grad}
+        self._fragments = Fragments(self._engine.optimizer, trained, gang)
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -171,19 +199,24 @@ class Engine:
         for group, peak in zip(self._engine.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = factor * peak
 
-    def save(self, folder: Path) -> None:
-        """Write parameters and optimizer into `folder`, every rank its own files; nothing marks it as complete."""
-        self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+    def state(self) -> dict[str, Slice]:
+        """This rank's part of the parameters' float32 values and AdamW's moments, aliased."""
+        return self._fragments.state()
 
-    def load(self, folder: Path) -> None:
-        """Take back what the same number of ranks saved.
+    def load(self, saved: SliceReader, steps_done: int) -> None:
+        """Take back what any number of ranks saved, with any ZeRO stage; every rank calls.
 
         Raises:
-            ValueError: nothing there to load.
+            BadCheckpoint: not this model's parameters.
         """
-        path, _ = self._engine.load_checkpoint(str(folder), tag="engine", load_module_strict=True)
-        if path is None:
-            raise ValueError(f"{folder} holds no engine state")
+        self._fragments.load(saved, steps_done)
+
+    @contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        """Within the block every rank has every parameter whole, to be read; every rank enters it."""
+        parameters = list(self._engine.module.parameters())
+        with deepspeed.zero.GatheredParameters(parameters, enabled=self._engine.zero_optimization_stage() == 3):
+            yield
 
     def close(self) -> None:
         """Let go of DeepSpeed's hooks and buffers."""

@@ -9,11 +9,13 @@
     │   ├── EmptyText              no text, or only white space
     │   ├── NotUtf8                bytes that are not UTF-8
     │   ├── TextTooShort           fewer tokens than one window
-    │   └── DataOverlap            evaluation text is also training text
+    │   ├── DataOverlap            evaluation text is also training text
+    │   └── DamagedTokens          a token file that is not what was written
     ├── TrainingError
     │   ├── NonFiniteLoss          stopped before any weight changed
     │   ├── NonFiniteGradient      stopped before any weight changed
-    │   └── GradientContract       a layer's gradient arrived not exactly once per micro-step
+    │   ├── GradientContract       a layer's gradient arrived not exactly once per micro-step
+    │   └── OutOfMemory            a micro-step does not fit; a smaller one may
     └── CheckpointError
         ├── BadCheckpoint          damaged, incomplete or of an unknown version
         └── DiskFull               no space; nothing half-written is visible
@@ -31,7 +33,7 @@ class KbopError(Exception):
 
     code: ClassVar[str] = "kbop_error"
     origin: ClassVar[str] = "user"
-    retryable: ClassVar[bool] = False
+    retryable: bool = False
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -93,6 +95,14 @@ class DataOverlap(DataError):
     code = "data_overlap"
 
 
+class DamagedTokens(DataError):
+    """A token file is missing or not what was written."""
+
+    code = "damaged_tokens"
+    origin = "system"
+    retryable = True
+
+
 class TrainingError(KbopError):
     """Training cannot go on."""
 
@@ -116,6 +126,25 @@ class GradientContract(TrainingError):
 
     code = "gradient_contract"
     origin = "system"
+
+
+class OutOfMemory(TrainingError):
+    """A micro-step does not fit into the device's memory.
+
+    Args:
+        micro_batch: windows in it; with more than one, trying again with fewer can help.
+    """
+
+    code = "out_of_memory"
+    origin = "system"
+
+    def __init__(self, micro_batch: int, detail: str) -> None:
+        smaller = "the next attempt takes half as many windows at a time"
+        other = "set resources.activation_checkpointing or resources.teacher, shorten method.context, or take more gpus"
+        hint = smaller if micro_batch > 1 else other
+        super().__init__(f"a micro-step of {micro_batch} windows does not fit into memory: {detail}", hint)
+        self.micro_batch = micro_batch
+        self.retryable = micro_batch > 1
 
 
 class CheckpointError(KbopError):

@@ -1,7 +1,7 @@
 """KBOP: the flip rule and its optimizer. Everything that decides whether a weight changes its sign is in this file.
 
 Refuses to know how gradients are computed (layers.py), who owns which rows (shard.py), how evidence is stored
-(evidence.py) or how scales learn (engine.py).
+(evidence.py), how second moments are measured (moments.py) or how scales learn (engine.py).
 
 A weight is a sign s ∈ {±1} and has no latent value behind it. Its gradient at the binary point, g = ∂loss/∂s, says
 what a flip would do: s → −s changes the loss by about −2 s·g (first order), so a flip helps where s·g > 0. One noisy
@@ -36,15 +36,11 @@ quadratics whose optimum is known the rule ends there, or less than 1 % of the s
 |---|---|---|
 | g | argument of the gradient sink, (O, I) | loss |
 | m | `_Shard.evidence` × `KBOP.unit` | loss |
-| r, c | `_Shard.row`, `_Shard.column` | loss² |
+| r, c | `Moments.row`, `Moments.column` | loss² |
 | u | `evidence_scores`, float32 | only its order within a layer matters |
 | η | `FlipSchedule.peak` | share of a layer's weights per step, 0 … 0.5 |
 | w₀, c | `MomentumSchedule` (schedules.py) | steps; 1 |
-| ρ, p, κ | `MOMENT_DECAY`, `POWER`, `MIRROR` | 1 |
-
-Squares do not add up over micro-steps and ranks, but projections do: with Ω a matrix of random ±1,
-mean_j g²_ij = E[(g Ω)²_ik]/I. So r and c are measured on `PROBES` projections of rows and columns, summed like
-gradients, and no rank ever holds the whole gradient of a step (measured beside exact ones: docs/quality.md).
+| ρ, p, κ | `MOMENT_DECAY` (moments.py), `POWER`, `MIRROR` | 1 |
 
 Sources: one average, a threshold adapted to the layer and a learning rate for the flips are KBOP's (OpenReview
 r16HwfP4HA, abstract and reviews); the rest is ours, each choice with its row in docs/quality.md (`make bench-quality`).
@@ -58,25 +54,26 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kbop_core.bits import unpack_signs
-from kbop_core.errors import GradientContract, NonFiniteGradient
+from kbop_core.errors import BadCheckpoint, GradientContract, NonFiniteGradient
 from kbop_core.evidence import Evidence, EvidenceKind, make_evidence
 from kbop_core.layers import BinaryLayer
+from kbop_core.moments import Moments, random_signs
+from kbop_core.reversals import Reversals
 from kbop_core.schedules import FlipSchedule, MomentumSchedule
 from kbop_core.shard import Gang
+from kbop_core.slices import Slice, SliceReader
 
-#: Decay ρ of the gradient's second moments (at most 1 − 1/(t+1): the first ones must not linger), and their power p in
-#: the score (docs/quality.md).
-MOMENT_DECAY, POWER = 0.98, 0.75
+#: p: power of the second moments in the score (docs/quality.md).
+POWER = 0.75
 #: κ: what a flip leaves of its evidence, mirrored to the side of the old sign, 0 … 1 (docs/quality.md).
 MIRROR = 0.8
-#: Random projections that measure the second moments: one step's estimate is off by √(2/16), their average by 5 %.
-PROBES = 16
+#: What the names of KBOP's tensors in a checkpoint begin with.
+STATE_PREFIXES = ("bits.", "evidence.", "row.", "column.", "first_signs.")
 #: Once Π β is below this, the stored evidence is multiplied by it: a power of two, so nothing is rounded.
 LEAST_UNIT = 2.0**-24
 
@@ -125,9 +122,16 @@ def flip_threshold(scores: Tensor, count: int) -> float:
 
 @dataclass(frozen=True)
 class FlipStats:
-    """What one step did: signs flipped of all ranks, per layer and in all."""
+    """What one step did on all ranks.
+
+    Attributes:
+        flips: signs flipped per layer.
+        reversals: those that gave back a sign of the start, per layer; estimated on a sample of rows (reversals.py).
+        weights: binary weights of all layers.
+    """
 
     flips: Mapping[str, int]
+    reversals: Mapping[str, int]
     weights: int
 
     @property
@@ -143,27 +147,35 @@ class _Shard:
     layer: BinaryLayer
     rows: slice
     evidence: Evidence  # S = m / unit, (R, I)
-    row: Tensor  # r, (R,) float32
-    column: Tensor  # c, (I,) float32, equal on all ranks
-    row_sketch: Tensor  # (R, PROBES), sum of g Ω over the micro-steps of this step
-    column_sketch: Tensor  # (PROBES, I), this rank's part of Ωᵀ g
+    moments: Moments
+    reversals: Reversals
     arrived: int = 0  # micro-steps folded since the last step
 
     @classmethod
     def empty(cls, layer: BinaryLayer, rows: slice, kind: EvidenceKind) -> _Shard:
-        height, width, device = rows.stop - rows.start, layer.in_features, layer.weight.device
-        zeros = partial(torch.zeros, dtype=torch.float32, device=device)
-        evidence = make_evidence(kind, height, width, device)
-        return cls(layer, rows, evidence, zeros(height), zeros(width), zeros(height, PROBES), zeros(PROBES, width))
+        count, height, width, device = (
+            rows.stop - rows.start,
+            layer.out_features,
+            layer.in_features,
+            layer.weight.device,
+        )
+        evidence = make_evidence(kind, count, width, device)
+        reversals = Reversals(layer.weight[rows], rows.start, height)
+        return cls(layer, rows, evidence, Moments(rows, width, height, device), reversals)
 
     @property
     def bits(self) -> Tensor:
         return self.layer.weight[self.rows]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What lives between two steps besides the bits."""
-        return {"row": self.row, "column": self.column} | {
-            f"evidence.{part}": tensor for part, tensor in self.evidence.tensors().items()
+    def slices(self) -> dict[str, Slice]:
+        """What lives between two steps besides the bits, aliased."""
+        start, total = self.rows.start, self.layer.out_features
+        own = {f"evidence.{part}": tensor for part, tensor in self.evidence.tensors().items()} | {
+            "row": self.moments.row
+        }
+        return {part: Slice(tensor, start, total) for part, tensor in own.items()} | {
+            "column": Slice.whole(self.moments.column),
+            "first_signs": Slice(self.reversals.start, self.reversals.before, self.reversals.total),
         }
 
 
@@ -191,7 +203,7 @@ class KBOP:
         micro_steps: int = 1,
         gang: Gang | None = None,
         evidence: EvidenceKind = "bfloat16",
-        in_flight: int = 2,
+        in_flight: int = 1,
     ) -> None:
         if isinstance(momentum, int | float):
             momentum = MomentumSchedule.constant(momentum)
@@ -203,7 +215,7 @@ class KBOP:
         for name, layer in layers.items():
             self.shards[name] = _Shard.empty(layer, self.gang.rows(layer.out_features), evidence)
             layer.gradient_sink = partial(self._receive, self.shards[name])
-        self._probes = _random_signs(max(max(la.in_features, la.out_features) for la in layers.values()))
+        self._probes = random_signs(max(max(la.in_features, la.out_features) for la in layers.values()))
         self._probes = self._probes.to(next(iter(layers.values())).weight.device)
         self._decay()
 
@@ -229,8 +241,7 @@ class KBOP:
     def _fold(self, shard: _Shard, arrive: Callable[[], Tensor]) -> None:
         """m ← m + (1 − β) g and the projections of g, over the micro-steps of a step, without a buffer for g."""
         gradient = arrive().float()
-        shard.row_sketch.addmm_(gradient, self._probes[: gradient.shape[1]])
-        shard.column_sketch.addmm_(self._probes[shard.rows].t(), gradient)
+        shard.moments.project(gradient, self._probes)
         shard.evidence.add(gradient, (1.0 - self.momentum.beta(self.steps_done)) / self.gang.size / self.unit)
         shard.arrived += 1
 
@@ -253,12 +264,14 @@ class KBOP:
         counts = [self.schedule.count(self.steps_done, s.layer.signs_count) for s in self.shards.values()]
         best = [_largest(_scores(shard), count) for shard, count in zip(self.shards.values(), counts, strict=True)]
         thresholds = self._thresholds([values for values, _ in best], counts)
+        counted = []
         for shard, (values, places), threshold in zip(self.shards.values(), best, thresholds, strict=True):
-            _flip(shard, places[values > threshold])
+            counted.append(_flip(shard, places[values > threshold]))
             shard.arrived = 0
         self.steps_done += 1
         self._decay()
-        return self._share_bits(torch.tensor([int((v > t).sum()) for (v, _), t in zip(best, thresholds, strict=True)]))
+        self._share_bits()
+        return self._stats(self.gang.sum(torch.stack(counted)))
 
     def _check_arrivals(self) -> None:
         wrong = {name: s.arrived for name, s in self.shards.items() if s.arrived != self.micro_steps}
@@ -271,19 +284,13 @@ class KBOP:
 
     def _take_moments(self) -> None:
         """Fold this step's projections into r and c, exact over shards: one all-reduce for all layers."""
-        shards = list(self.shards.values())
-        flat = self.gang.sum(torch.cat([s.column_sketch.reshape(-1) for s in shards]))
-        sketches = flat.split([s.column_sketch.numel() for s in shards])
+        sketches = [s.moments.column_sketch for s in self.shards.values()]
+        flat = self.gang.sum(torch.cat([sketch.reshape(-1) for sketch in sketches]))
+        summed = flat.split([sketch.numel() for sketch in sketches])
         if not bool(flat.isfinite().all()):
-            self._raise_non_finite(sketches)
-        gain = max(1.0 - MOMENT_DECAY, 1.0 / (self.steps_done + 1))  # a plain mean while there are few
-        for shard, sketch in zip(shards, sketches, strict=True):
-            columns = sketch.view_as(shard.column_sketch).double().square_().mean(0) / shard.layer.out_features
-            rows = shard.row_sketch.double().square_().mean(1) / shard.layer.in_features
-            for moment, fresh in ((shard.row, rows), (shard.column, columns)):
-                moment.lerp_((fresh / self.gang.size**2).float(), gain)
-            shard.row_sketch.zero_()
-            shard.column_sketch.zero_()
+            self._raise_non_finite(summed)
+        for shard, sketch in zip(self.shards.values(), summed, strict=True):
+            shard.moments.update(sketch, self.gang.size, self.steps_done)
 
     def _raise_non_finite(self, columns: tuple[Tensor, ...]) -> None:
         names = [n for n, c in zip(self.shards, columns, strict=True) if not bool(c.isfinite().all())]
@@ -299,74 +306,62 @@ class KBOP:
         layers = zip(*gathered, strict=True)
         return [flip_threshold(torch.cat(parts), count) for parts, count in zip(layers, counts, strict=True)]
 
-    def _share_bits(self, flips: Tensor) -> FlipStats:
-        """All-gather of packed bits, and the number of flips of all ranks."""
+    def _share_bits(self) -> None:
+        """All-gather of packed bits."""
+        if self.gang.size == 1:
+            return
         layers = [s.layer for s in self.shards.values()]
-        if self.gang.size > 1:
-            whole = self.gang.gather_rows([s.bits for s in self.shards.values()], [la.out_features for la in layers])
-            for layer, bits in zip(layers, whole, strict=True):
-                layer.weight.copy_(bits)
-        total = self.gang.sum(flips.to(layers[0].weight.device)).tolist()
-        return FlipStats(dict(zip(self.shards, total, strict=True)), sum(la.signs_count for la in layers))
+        whole = self.gang.gather_rows([s.bits for s in self.shards.values()], [la.out_features for la in layers])
+        for layer, bits in zip(layers, whole, strict=True):
+            layer.weight.copy_(bits)
+
+    def _stats(self, counted: Tensor) -> FlipStats:
+        """From each layer's flips, flips in sampled rows and reversals among those: int64 (layers, 3), all ranks."""
+        flips, reversals = {}, {}
+        for name, (count, sampled, back) in zip(self.shards, counted.tolist(), strict=True):
+            flips[name], reversals[name] = count, round(count * back / max(1, sampled))
+        return FlipStats(flips, reversals, sum(s.layer.signs_count for s in self.shards.values()))
 
     # -- state ----------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's rows: evidence and moments (aliased), bits (copied), and the step."""
-        return {
-            "steps_done": self.steps_done,
-            "rows": {name: (s.rows.start, s.rows.stop) for name, s in self.shards.items()},
-            "unit": self.unit,
-            "tensors": self._tensors() | {f"bits.{name}": s.bits.clone() for name, s in self.shards.items()},
-        }
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {f"{part}.{name}": t for name, s in self.shards.items() for part, t in s.tensors().items()}
+    def state(self) -> dict[str, Slice]:
+        """This rank's rows of everything that lives between two steps, aliased; `steps_done` and `unit` are apart."""
+        slices = {f"bits.{n}": Slice(s.bits, s.rows.start, s.layer.out_features) for n, s in self.shards.items()}
+        return slices | {f"{part}.{n}": piece for n, s in self.shards.items() for part, piece in s.slices().items()}
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the state that the same rank of the same number of ranks saved; every rank calls it.
+    def load(self, saved: SliceReader, steps_done: int, unit: float) -> None:
+        """Take what any number of ranks saved; every rank calls it.
 
         Raises:
-            ValueError: other layers or other rows.
+            BadCheckpoint: other layers, or another kind of evidence.
         """
-        rows = {name: (s.rows.start, s.rows.stop) for name, s in self.shards.items()}
-        if rows != state["rows"]:
-            raise ValueError(
-                f"saved for other layers or another number of ranks: this is {self.gang.rank} of {self.gang.size}"
+        held = self.state()
+        stored = {name for name in saved.names if name.startswith(STATE_PREFIXES)}
+        other = stored ^ held.keys() or {n for n in held if saved.total(n) != held[n].total}
+        if other:
+            raise BadCheckpoint(
+                f"saved for other layers or with another kind of evidence: {min(other)} differs",
+                "resume with the model, layers and `evidence` that the run began with",
             )
-        held = self._tensors()
-        if {k: v.shape for k, v in held.items()} != {
-            k: v.shape for k, v in state["tensors"].items() if not k.startswith("bits.")
-        }:
-            raise ValueError("saved with another kind of evidence; train with the kind that the checkpoint has")
-        self.steps_done, self.unit = int(state["steps_done"]), float(state["unit"])
-        for name, tensor in held.items():
-            tensor.copy_(state["tensors"][name])
+        self.steps_done, self.unit = steps_done, unit
+        for name, piece in held.items():
+            piece.rows.copy_(saved.read(name, piece.start, piece.start + piece.rows.shape[0]))
         for name, shard in self.shards.items():
-            shard.bits.copy_(state["tensors"][f"bits.{name}"])
-            shard.row_sketch.zero_()
-            shard.column_sketch.zero_()
+            shard.layer.weight.copy_(saved.read_whole(f"bits.{name}"))
+            shard.moments.forget()
             shard.arrived = 0
         self._pending.clear()
-        self._share_bits(torch.zeros(len(self.shards), dtype=torch.int64))
 
     def state_bytes(self) -> int:
         """Bytes that live between two steps on this rank because of the binary weights: bits, evidence, moments."""
-        return sum(s.layer.weight.nbytes for s in self.shards.values()) + sum(
-            t.nbytes for s in self.shards.values() for t in s.tensors().values()
-        )
-
-
-def _random_signs(count: int) -> Tensor:
-    """Ω: float32 (count, PROBES) of ±1, the same on every rank and device."""
-    bits = torch.randint(0, 2, (count, PROBES), generator=torch.Generator().manual_seed(0))
-    return bits.mul_(2).sub_(1).float()
+        shards = self.shards.values()
+        return sum(s.layer.weight.nbytes + sum(p.rows.nbytes for p in s.slices().values()) for s in shards)
 
 
 def _scores(shard: _Shard) -> Tensor:
     signs = unpack_signs(shard.bits, shard.layer.in_features)
-    return evidence_scores(signs, shard.evidence.values(), shard.row, shard.column).view(-1)
+    return evidence_scores(signs, shard.evidence.values(), shard.moments.row, shard.moments.column).view(-1)
 
 
 def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -388,12 +383,18 @@ def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values, torch.cat([places[top.indices], places.new_zeros(missing)])
 
 
-def _flip(shard: _Shard, places: Tensor) -> None:
-    """Flip the signs at flat places of the shard and mirror their evidence: what comes next may take a flip back."""
+def _flip(shard: _Shard, places: Tensor) -> Tensor:
+    """Flip the signs at flat places of the shard and mirror their evidence: what comes next may take a flip back.
+
+    Returns:
+        int64 (3,): flips, those in sampled rows, and reversals among these.
+    """
     shard.evidence.multiply_at(places, -MIRROR)
     row, column = places // shard.layer.in_features, places % shard.layer.in_features
+    counted = torch.cat([places.new_tensor([places.numel()]), shard.reversals.count(shard.bits, row, column)])
     width = shard.layer.weight.shape[1]
     change = torch.zeros(shard.bits.numel(), dtype=torch.uint8, device=places.device)
     bit = torch.bitwise_left_shift(torch.ones_like(column), column % 8).to(torch.uint8)
     change.index_add_(0, row * width + column // 8, bit)  # distinct bits: the sum is their union
     shard.bits.bitwise_xor_(change.view(-1, width))
+    return counted

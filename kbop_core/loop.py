@@ -3,7 +3,7 @@
     for metrics in train(run, range(start, steps)): …
 
 One step, on every rank:
-    for each micro-step:  KL to the teacher → finite on all ranks? → backward (gradients of signs leave for their
+    for each micro-step:  distance to the teacher → finite on all ranks? → backward (gradients of signs leave for their
     owners)
     KBOP flips signs → AdamW moves scales and the other full-precision parameters
 """
@@ -12,21 +12,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from kbop_core.convert import binary_layers
-from kbop_core.distill import distillation_loss, teacher_logits
 from kbop_core.engine import Engine, EngineConfig
-from kbop_core.errors import NonFiniteLoss
+from kbop_core.errors import NonFiniteLoss, OutOfMemory
 from kbop_core.evidence import EvidenceKind
 from kbop_core.full_precision import OTHER_LR, SCALE_LR, parameter_groups
-from kbop_core.kbop import KBOP
+from kbop_core.kbop import KBOP, FlipStats
+from kbop_core.phases import Phases
+from kbop_core.recompute import recompute_blocks
 from kbop_core.schedules import FLIP_RATE, FlipSchedule, warmup_cosine
 from kbop_core.shard import Gang
-from kbop_core.text import WindowOrder
+from kbop_core.teacher import LiveTeacher, Teacher
+from kbop_core.window_source import WindowSource
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,18 @@ class StepLayout:
         return range(start, start + self.micro_batch)
 
 
-def layout_steps(batch_tokens: int, context: int, ranks: int, max_micro_batch: int) -> StepLayout:
-    """The layout nearest to `batch_tokens` tokens a step with equally many whole windows, at least 1, on each rank."""
+def layout_steps(
+    batch_tokens: int, context: int, ranks: int, max_micro_batch: int, windows: int | None = None
+) -> StepLayout:
+    """The layout nearest to `batch_tokens` tokens a step with equally many whole windows, at least 1, on each rank.
+
+    Args:
+        batch_tokens, context, ranks: see StepLayout.
+        max_micro_batch: most windows of a rank in one micro-step.
+        windows: in a step, when the run has begun with another number of ranks; kept if it can be dealt equally.
+    """
+    if windows is not None and windows % ranks == 0:
+        batch_tokens = windows * context
     per_rank = max(1, round(batch_tokens / (context * ranks)))
     micro_batch = max(d for d in range(1, min(per_rank, max_micro_batch) + 1) if per_rank % d == 0)
     return StepLayout(context, per_rank * ranks, ranks, micro_batch)
@@ -80,8 +92,8 @@ class TrainConfig:
         scale_lr: peak AdamW learning rate of scales, a share of their size (full_precision.py).
         other_lr: of norms, biases, embeddings and head, likewise.
         warmup: share of the steps in which all rates rise, 0 … 1.
-        seed: of the window order.
-        zero_stage: DeepSpeed ZeRO stage of the full-precision side.
+        zero_stage: DeepSpeed ZeRO stage of the full-precision side, 0 … 3.
+        activation_checkpointing: blocks compute their forward pass again in backward instead of keeping it.
         timeout_s: of collectives, seconds.
     """
 
@@ -92,8 +104,8 @@ class TrainConfig:
     scale_lr: float = SCALE_LR
     other_lr: float = OTHER_LR
     warmup: float = 0.05
-    seed: int = 0
     zero_stage: int = 1
+    activation_checkpointing: bool = False
     timeout_s: float = 600.0
 
     @property
@@ -114,14 +126,14 @@ class StepMetrics:
     Attributes:
         step: number of the step, from 0.
         loss: mean KL to the teacher over the step's windows, nats per token, before the update.
-        flip_rate: share of all binary weights flipped.
-        flips: flips per layer.
+        stats: flips and reversals, in all and per layer.
+        seconds: this rank's time by phase (phases.PHASES); zeros without a clock.
     """
 
     step: int
     loss: float
-    flip_rate: float
-    flips: Mapping[str, int]
+    stats: FlipStats
+    seconds: Mapping[str, float]
 
 
 @dataclass
@@ -131,42 +143,47 @@ class Run:
     config: TrainConfig
     layout: StepLayout
     gang: Gang
-    teacher: nn.Module
+    teacher: Teacher
     engine: Engine
     kbop: KBOP
-    windows_NT: Tensor
+    windows: WindowSource
     device: torch.device
-    order: WindowOrder = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.order = WindowOrder(len(self.windows_NT), self.config.seed)
-
-    def batch(self, step: int, micro_step: int) -> Tensor:
-        """This rank's windows of a micro-step, int64 (B, T), on the device."""
-        places = self.layout.places(step, micro_step, self.gang.rank)
-        rows = torch.tensor(list(self.order.indices(places.start, places.stop)))
-        return self.windows_NT[rows].to(self.device)
+    def batch(self, step: int, micro_step: int) -> tuple[Tensor, list[int]]:
+        """This rank's windows of a micro-step, int64 (B, T), on the device, and their numbers."""
+        numbers = self.windows.numbers(self.layout.places(step, micro_step, self.gang.rank))
+        return self.windows.rows(numbers).to(self.device), numbers
 
 
 def start_run(
-    student: nn.Module, teacher: nn.Module, windows_NT: Tensor, config: TrainConfig, layout: StepLayout, gang: Gang
+    student: nn.Module,
+    teacher: Teacher | nn.Module,
+    windows: WindowSource,
+    config: TrainConfig,
+    layout: StepLayout,
+    gang: Gang,
+    phases: Phases | None = None,
 ) -> Run:
     """Put a binary student's full-precision side into DeepSpeed and its signs under KBOP.
 
     Args:
         student: with BinaryLinear layers (trainable); every floating-point parameter of it will train.
-        teacher: same vocabulary, no gradients; same device.
-        windows_NT: training windows on the CPU, int64 (N, T).
+        teacher: see teacher.py; a model is a live one.
+        windows: what to train on, in the order of the run.
+        phases: measures `StepMetrics.seconds`; None: nothing is measured.
     """
     device = next(student.parameters()).device
     student.eval().requires_grad_(True)  # no dropout: it would blur the teacher, and make a resumed run another one
     groups = parameter_groups(student.named_parameters(), config.scale_lr, config.other_lr)
     engine_config = EngineConfig(layout.micro_batch, layout.micro_steps, config.zero_stage, bf16=device.type == "cuda")
-    engine = Engine(student, groups, engine_config, config.timeout_s)
-    gang = replace(gang, group=engine.group) if gang.size > 1 else gang
-    layers, schedule = binary_layers(student), config.flip_schedule
-    kbop = KBOP(layers, schedule, config.momentum, layout.micro_steps, gang, config.evidence)
-    return Run(config, layout, gang, teacher, engine, kbop, windows_NT, device)
+    layers = binary_layers(student)
+    if config.activation_checkpointing:
+        recompute_blocks(student)
+    engine = Engine(student, groups, engine_config, gang, config.timeout_s)
+    gang = replace(gang, group=engine.group if gang.size > 1 else None, phases=phases or Phases())
+    kbop = KBOP(layers, config.flip_schedule, config.momentum, layout.micro_steps, gang, config.evidence)
+    live = LiveTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
+    return Run(config, layout, gang, live, engine, kbop, windows, device)
 
 
 def train(run: Run, steps: Iterable[int]) -> Iterator[StepMetrics]:
@@ -175,20 +192,43 @@ def train(run: Run, steps: Iterable[int]) -> Iterator[StepMetrics]:
     Raises:
         NonFiniteLoss: on every rank, before anything of that step changed.
         NonFiniteGradient: on every rank, before the step counts: the run goes on from its last checkpoint.
+        OutOfMemory: on the rank that met it: the others wait for it, so the run must end.
     """
+    phase = run.gang.phases.phase
     for step in steps:
         run.engine.set_learning_rates(warmup_cosine(step, run.config.steps, run.config.warmup_steps))
         total = 0.0
         for micro_step in range(run.layout.micro_steps):
-            ids = run.batch(step, micro_step)
-            loss = distillation_loss(run.engine(ids), teacher_logits(run.teacher, ids))
-            total += _finite_mean(loss, run.gang, step)
-            run.engine.backward(loss)
+            total += _micro_step(run, step, micro_step)
             if micro_step < run.layout.micro_steps - 1:
                 run.engine.step()
-        stats = run.kbop.step()
-        run.engine.step()
-        yield StepMetrics(step, total / run.layout.micro_steps, stats.rate, stats.flips)
+        with phase("flips"):
+            stats = run.kbop.step()
+        with phase("optimizer"):
+            run.engine.step()
+        yield StepMetrics(step, total / run.layout.micro_steps, stats, run.gang.phases.take())
+
+
+def _micro_step(run: Run, step: int, micro_step: int) -> float:
+    """Forward and backward pass of a micro-step; its mean loss over ranks."""
+    phase = run.gang.phases.phase
+    ids, numbers = run.batch(step, micro_step)
+    try:
+        with phase("forward"):
+            loss = run.teacher.loss(run.engine(ids), ids, numbers)
+            mean = _finite_mean(loss, run.gang, step)
+        with phase("backward"):
+            run.engine.backward(loss)
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(run.layout.micro_batch, str(error).splitlines()[0]) from error
+        raise
+    return mean
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device's memory, or the host's, does not suffice."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _finite_mean(loss: Tensor, gang: Gang, step: int) -> float:

@@ -1,34 +1,41 @@
-"""Owns resumable training checkpoints: what ranks write, when one counts as complete, which is the newest.
+"""Owns resumable training checkpoints: what ranks write and when, which one counts as complete, which is the newest.
 
 Layout of a folder of checkpoints:
 
     step-00000050/            complete by construction: it was renamed after all ranks had written and synced
-        rank-0.safetensors …  each rank's evidence and bits
-        engine/               DeepSpeed's files
-        manifest.json         number of ranks, step, sha256 of every file
+        rank-0.safetensors …  each rank's rows of evidence, moments and bits, and its part of the full-precision side
+        manifest.json         number of ranks, step, unit of the evidence, windows per step, sha256 of every file
 
-Refuses to load a checkpoint with a missing or changed file: it is skipped for the one before it.
+Training stands still only while a rank copies its state; a thread writes it. No collective is needed: each rank leaves
+its file and the file's hash in a hidden folder, and rank 0 completes the checkpoint when it has seen all of them. Any
+number of ranks can read what any other has written (slices.py). A checkpoint with a missing or changed file is skipped
+for the one before it.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 
-from kbop_core.checkpoint import folder_written_atomically, is_disk_full, sha256, write_json, write_tensors
+from kbop_core.checkpoint import folder_written_atomically, is_disk_full, sha256, sync, write_json
 from kbop_core.engine import Engine, barrier
-from kbop_core.errors import DiskFull
+from kbop_core.errors import CheckpointError, DiskFull
 from kbop_core.kbop import KBOP
 from kbop_core.shard import Gang
+from kbop_core.slices import Slice, SliceReader, copy_to_host, write_slices
 
+#: Complete checkpoints kept.
 KEEP = 2
-"""Complete checkpoints kept."""
+#: Seconds that rank 0 waits for the files of the others, and how often it looks.
+PEERS_S, LOOK_S = 600.0, 0.05
 
 
 def checkpoint_folder(folder: Path, step: int) -> Path:
@@ -41,100 +48,175 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def save_state(folder: Path, step: int, engine: Engine, kbop: KBOP, gang: Gang) -> None:
-    """Write one checkpoint; every rank calls. On return it is complete.
+def _parts_folder(folder: Path, step: int) -> Path:
+    return folder / f".step-{step:08d}.parts"
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what attempts that died left half-written; one rank calls, before any of them saves."""
+    for left in folder.glob(".step-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """One rank's state at one moment, in host memory of its own."""
+
+    step: int
+    facts: dict[str, Any]
+    slices: dict[str, Slice]
+
+
+class StateWriter:
+    """Writes checkpoints beside the training, one at a time.
 
     Args:
-        folder: of all checkpoints of the run.
-        step: steps done.
-
-    Raises:
-        DiskFull: on the ranks that met it; no checkpoint with this name exists then.
+        folder: of all checkpoints of the run, on a file system that all ranks see.
+        gang: the ranks; all of them save the same steps.
     """
-    final = checkpoint_folder(folder, step)
-    temporary = folder / f".{final.name}.parts"
-    if gang.rank == 0:
-        for left in folder.glob(".step-*"):  # of an attempt that died, or of a full disk
-            shutil.rmtree(left, ignore_errors=True)
-        temporary.mkdir(parents=True)
+
+    def __init__(self, folder: Path, gang: Gang) -> None:
+        self._folder, self._gang = folder, gang
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, engine: Engine, kbop: KBOP, windows: int = 0) -> None:
+        """Copy the state after `step` steps and begin to write it; waits for the write before, and for nothing else.
+
+        Args:
+            step: steps done.
+            engine, kbop: what is saved.
+            windows: in a step, all ranks; a run that goes on on other ranks keeps it.
+
+        Raises:
+            DiskFull: the write before this one met it.
+            CheckpointError: another rank's file did not come.
+        """
+        self.wait()
+        facts = {"step": step, "ranks": self._gang.size, "unit": kbop.unit, "windows": windows}
+        snapshot = _Snapshot(step, facts, copy_to_host(kbop.state() | engine.state()))
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until what was begun is written; on rank 0: complete. Raises as `save`."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, snapshot: _Snapshot) -> None:
+        try:
+            parts = _parts_folder(self._folder, snapshot.step)
+            parts.mkdir(parents=True, exist_ok=True)
+            _write_rank(parts, self._gang.rank, snapshot.slices)
+            if self._gang.rank == 0:
+                final = checkpoint_folder(self._folder, snapshot.step)
+                _await_ranks(parts, self._gang.size)
+                _complete(parts, final, snapshot.facts)
+                _prune(self._folder, final)
+        except BaseException as error:  # raised again where training can hear it
+            self._error = error
+
+
+def save_state(folder: Path, step: int, engine: Engine, kbop: KBOP, gang: Gang) -> None:
+    """Write one checkpoint and wait until it is complete; every rank calls. Raises as `StateWriter.save`."""
+    writer = StateWriter(folder, gang)
+    writer.save(step, engine, kbop)
+    writer.wait()
     barrier(gang)
+
+
+def _write_rank(parts: Path, rank: int, slices: dict[str, Slice]) -> None:
+    path = parts / _rank_file(rank)
     try:
-        _write_rank(temporary, kbop, gang)
-        engine.save(temporary)
-    except (OSError, RuntimeError, SafetensorError) as error:
+        write_slices(slices, path)
+        sync(path)
+    except (OSError, SafetensorError) as error:
         if is_disk_full(error):
             raise DiskFull("no space left while writing a training checkpoint", "free disk space and resume") from error
         raise
-    barrier(gang)
-    if gang.rank == 0:
-        _complete(temporary, final, step, gang.size)
-        _prune(folder)
-    barrier(gang)
+    write_json(parts / f"rank-{rank}.json", {path.name: sha256(path)})
 
 
-def _write_rank(folder: Path, kbop: KBOP, gang: Gang) -> None:
-    state = kbop.state_dict()
-    tensors = {n: t.contiguous() for n, t in state["tensors"].items()}
-    header = {"rows": json.dumps(state["rows"]), "steps_done": str(state["steps_done"]), "unit": repr(state["unit"])}
-    write_tensors(tensors, folder / f"rank-{gang.rank}.safetensors", header)
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank}.safetensors"
 
 
-def _complete(temporary: Path, final: Path, step: int, ranks: int) -> None:
+def _await_ranks(parts: Path, size: int) -> None:
+    """Until every rank has written its file and hash."""
+    limit = time.monotonic() + PEERS_S
+    while missing := [rank for rank in range(size) if not (parts / f"rank-{rank}.json").is_file()]:
+        if time.monotonic() > limit:
+            raise CheckpointError(
+                f"rank {missing[0]} has not written its part of {parts.name} within {PEERS_S:.0f} s",
+                "all ranks must see the job's folder; see the rank's log",
+            )
+        time.sleep(LOOK_S)
+
+
+def _complete(parts: Path, final: Path, facts: dict[str, Any]) -> None:
+    files: dict[str, str] = {}
     with folder_written_atomically(final) as folder:
-        for path in list(temporary.iterdir()):
-            path.rename(folder / path.name)
-        files = {str(p.relative_to(folder)): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-        write_json(folder / "manifest.json", {"step": step, "ranks": ranks, "files": files})
-    shutil.rmtree(temporary)
+        for rank in range(facts["ranks"]):
+            files |= json.loads((parts / f"rank-{rank}.json").read_text())
+            (parts / _rank_file(rank)).rename(folder / _rank_file(rank))
+        write_json(folder / "manifest.json", facts | {"files": files})
+    shutil.rmtree(parts)
 
 
-def _prune(folder: Path) -> None:
+def _prune(folder: Path, newest: Path) -> None:
     for old in sorted(folder.glob("step-*"))[:-KEEP]:
         shutil.rmtree(old)
+    for left in folder.glob(".step-*"):  # of a full disk; another rank may have begun the next one
+        if left.name < f".{newest.name}":
+            shutil.rmtree(left, ignore_errors=True)
 
 
-def newest_state(folder: Path, ranks: int, warn: Callable[[str], None]) -> Path | None:
-    """The newest complete checkpoint that this many ranks can load; None when there is none.
+def newest_state(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest complete checkpoint; None when there is none.
 
     Args:
         warn: told of each that is skipped, and why.
     """
     for candidate in sorted(folder.glob("step-*"), reverse=True):
-        problem = _problem(candidate, ranks)
+        problem = _problem(candidate)
         if problem is None:
             return candidate
         warn(f"checkpoint {candidate.name} skipped: {problem}")
     return None
 
 
-def _problem(folder: Path, ranks: int) -> str | None:
+def _problem(folder: Path) -> str | None:
     try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-        if manifest["ranks"] != ranks:
-            return f"written by {manifest['ranks']} ranks, this run has {ranks}"
-        changed = [name for name, digest in manifest["files"].items() if sha256(folder / name) != digest]
+        facts = read_facts(folder)
+        changed = [name for name, digest in facts["files"].items() if sha256(folder / name) != digest]
+        if {"step", "unit", "windows"} - facts.keys() or len(facts["files"]) != facts["ranks"]:
+            return "its manifest is incomplete"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"unreadable ({error})"
     return f"{changed[0]} is not what was written" if changed else None
 
 
-def load_state(folder: Path, engine: Engine, kbop: KBOP, gang: Gang) -> int:
-    """Take one checkpoint back; every rank calls.
+def read_facts(checkpoint: Path) -> dict[str, Any]:
+    """The manifest: step, ranks, unit, windows, files."""
+    facts: dict[str, Any] = json.loads((checkpoint / "manifest.json").read_text())
+    return facts
+
+
+def load_state(checkpoint: Path, engine: Engine, kbop: KBOP) -> int:
+    """Take a checkpoint back, by whatever number of ranks it was written; every rank calls.
 
     Returns:
         Steps done.
+
+    Raises:
+        BadCheckpoint: of another model or with another kind of evidence.
     """
-    path = folder / f"rank-{gang.rank}.safetensors"
-    tensors = load_file(path)
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata()
-    engine.load(folder)
-    kbop.load_state_dict(
-        {
-            "steps_done": int(header["steps_done"]),
-            "rows": {n: tuple(r) for n, r in json.loads(header["rows"]).items()},
-            "unit": float(header["unit"]),
-            "tensors": tensors,
-        }
-    )
-    return int(header["steps_done"])
+    facts = read_facts(checkpoint)
+    saved = SliceReader(sorted(checkpoint.glob("rank-*.safetensors")))
+    engine.load(saved, facts["step"])
+    kbop.load(saved, facts["step"], facts["unit"])
+    return int(facts["step"])

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
+from prometheus_client import CollectorRegistry, disable_created_metrics
 
 from jobs.artifacts import ArtifactStore
 from jobs.layout import artifacts_dir
@@ -17,8 +18,10 @@ from jobs.spec import JobSpec
 from jobs.store import Store
 from service import problems
 from service.context import ServerContext, require_key
+from service.exporter import StoreCollector
 from service.middleware import BodyLimit, RequestContext
-from service.routes import artifacts, health, jobs
+from service.request_metrics import RequestMetrics
+from service.routes import artifacts, health, jobs, metrics
 from service.routes.health import package_version
 from service.settings import ServerSettings
 from service.wire import Problem
@@ -55,15 +58,25 @@ def create_app(settings: ServerSettings, store: Store, devices: tuple[str, ...] 
         policy=source_policy(settings),
         devices=devices,
     )
+    app.state.metrics = _metrics(store, devices)
     problems.install(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestContext)
+    app.add_middleware(RequestMetrics, registry=app.state.metrics)
     app.include_router(health.router)
-    for router in (jobs.router, artifacts.router):
+    for router in (jobs.router, artifacts.router, metrics.router):
         app.include_router(router, dependencies=[Depends(require_key)])
     _document_bodies(app)
     return app
+
+
+def _metrics(store: Store, devices: tuple[str, ...] | None) -> CollectorRegistry:
+    """A registry of this application's own: the library's global one would mix the requests of several."""
+    disable_created_metrics()  # type: ignore[no-untyped-call] # the text format has no place for them
+    registry = CollectorRegistry()
+    registry.register(StoreCollector(store, None if devices is None else len(devices), package_version()))
+    return registry
 
 
 def _document_bodies(app: FastAPI) -> None:

@@ -242,6 +242,28 @@ def cancel(job_id: JobId, endpoint: Endpoint = None, as_json: AsJson = False) ->
 
 
 @app.command()
+def metrics(
+    job_id: JobId,
+    since: Annotated[int, typer.Option(min=0, help="First step.")] = 0,
+    layers: Annotated[bool, typer.Option("--layers", help="Flips and reversals per layer too.")] = False,
+    endpoint: Endpoint = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a job's training series: loss, flips, speed, seconds by phase and memory, with their curves.
+
+    Of a long run a thinned series: at most about 500 steps, evenly spaced, and the newest.
+    """
+    with connected(endpoint) as client:
+        series = client.metrics(job_id, since=since, layers=layers)
+    if as_json:
+        show_json(series)
+        return
+    from service.series_display import print_series
+
+    print_series(series)
+
+
+@app.command()
 def report(
     job_id: JobId,
     html: Annotated[Path | None, typer.Option(help="Write the page with plots to this file instead.")] = None,

@@ -169,6 +169,10 @@ class KbopClient:
         """Asks for cancellation; not repeated once it may have reached the server."""
         return self._json("POST", f"{_job(job_id)}/cancel", repeatable=False)
 
+    def metrics(self, job_id: str, **query: int | bool) -> Json:
+        """The training series, `{every, next_since, data}`; `query`: since, until, every, limit, layers."""
+        return self._json("GET", f"{_job(job_id)}/metrics", params=query)
+
     def report(self, job_id: str) -> Json:
         """The report."""
         return self._json("GET", f"{_job(job_id)}/report", headers={"Accept": "application/json"})

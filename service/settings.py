@@ -59,7 +59,9 @@ class ServerSettings(BaseSettings):
     model_roots: Paths = Field(default=(), description="Folders models may be read from, separated like PATH.")
     data_roots: Paths = Field(default=(), description="Folders text may be read from, separated like PATH.")
     hub_owners: Names = Field(default=(), description="Hub owners allowed, separated by commas; `*` is any.")
-    api_key: SecretStr | None = Field(default=None, description="When set, every /v1 route wants it as Bearer token.")
+    api_key: SecretStr | None = Field(
+        default=None, description="When set, /v1 routes and /metrics want it as Bearer token."
+    )
     embed_scheduler: bool = Field(default=True, description="Run the scheduler inside `kbop serve`.")
     cpu_slots: int = Field(
         default_factory=lambda: os.cpu_count() or 1,

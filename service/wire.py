@@ -12,6 +12,7 @@ from urllib.parse import quote
 from pydantic import BaseModel, ConfigDict, Field
 
 from jobs.records import ArtifactRecord, EventRecord, JobRecord, JobStatus
+from jobs.training_series import SeriesQuery, TrainingSeries, TrainingStep
 
 JOB_EXAMPLE: dict[str, Any] = {
     "id": "job_01JD5R8Z0Q4T6V9XKBOP2M3N7P",
@@ -41,6 +42,7 @@ JOB_EXAMPLE: dict[str, Any] = {
         "self": "/v1/jobs/job_01JD5R8Z0Q4T6V9XKBOP2M3N7P",
         "events": "/v1/jobs/job_01JD5R8Z0Q4T6V9XKBOP2M3N7P/events",
         "logs": "/v1/jobs/job_01JD5R8Z0Q4T6V9XKBOP2M3N7P/logs",
+        "metrics": "/v1/jobs/job_01JD5R8Z0Q4T6V9XKBOP2M3N7P/metrics",
         "report": "/v1/jobs/job_01JD5R8Z0Q4T6V9XKBOP2M3N7P/report",
         "artifacts": "/v1/jobs/job_01JD5R8Z0Q4T6V9XKBOP2M3N7P/artifacts",
         "cancel": "/v1/jobs/job_01JD5R8Z0Q4T6V9XKBOP2M3N7P/cancel",
@@ -72,6 +74,7 @@ class Links(BaseModel):
     self: str
     events: str
     logs: str
+    metrics: str
     report: str
     artifacts: str
     cancel: str
@@ -80,7 +83,7 @@ class Links(BaseModel):
     def of(cls, job_id: str) -> Links:
         """Links of one job."""
         base = f"/v1/jobs/{job_id}"
-        parts = ("events", "logs", "report", "artifacts", "cancel")
+        parts = ("events", "logs", "metrics", "report", "artifacts", "cancel")
         return cls.model_validate({"self": base, **{part: f"{base}/{part}" for part in parts}})
 
 
@@ -183,6 +186,39 @@ class EventList(BaseModel):
     data: list[Event]
     last_id: int = Field(description="Pass as `after` to read on.")
     has_more: bool
+
+
+class MetricsSeries(BaseModel):
+    """The training series of one job, in rising order of steps; empty while it has not trained."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "object": "metrics",
+                    "job_id": JOB_EXAMPLE["id"],
+                    "every": 64,
+                    "next_since": 119,
+                    "data": [
+                        {"step": 64, "loss": 2.11, "flip_rate": 0.0034, "tokens_per_s": 20011.0},
+                        {"step": 118, "loss": 1.92, "flip_rate": 0.0031, "tokens_per_s": 20480.0},
+                    ],
+                }
+            ]
+        }
+    )
+
+    object: Literal["metrics"] = "metrics"
+    job_id: str
+    every: int = Field(description="Steps shown are divisible by this; the newest is shown in any case.")
+    next_since: int = Field(description="Pass as `since` to read on.")
+    data: list[TrainingStep]
+
+    @classmethod
+    def of(cls, job_id: str, query: SeriesQuery, series: TrainingSeries) -> MetricsSeries:
+        """From the steps that a query found."""
+        following = series.steps[-1].step + 1 if series.steps else query.since
+        return cls(job_id=job_id, every=series.every, next_since=following, data=list(series.steps))
 
 
 class Artifact(BaseModel):

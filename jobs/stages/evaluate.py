@@ -5,7 +5,6 @@ the report.
 from __future__ import annotations
 
 import math
-import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from jobs.report import write_report
+from jobs.stages.step_metrics import peak_resident_bytes
 from jobs.workspace import Workspace
 from kbop_core.checkpoint import load_student
 from kbop_core.convert import convert_plain
@@ -106,7 +106,7 @@ def _samples(space: Workspace, packed: Model, sets: list[tuple[str, Windows]]) -
 
 def _peak_memory(space: Workspace) -> dict[str, Any]:
     """Peak memory of this attempt's ranks so far: resident bytes of all ranks, and the largest rank's GPU bytes."""
-    resident = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0], dtype=torch.float64)
+    resident = torch.tensor([float(peak_resident_bytes())], dtype=torch.float64)
     total = space.gang.sum(resident.to(space.device))
     cuda = None
     if space.device.type == "cuda":

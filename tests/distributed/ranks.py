@@ -22,12 +22,22 @@ import torch
 
 from kbop_core.engine import gang_of_ranks
 
-EVERY = ("collectives", "small_layers", "quality", "init", "blockwise", "resume")
-MOST = ("exact_flips", "exact_int8_flips", "dyadic_engine", "zero_stages", "nan_norm")
-#: Number of ranks → scenarios they run, in this order.
+EVERY = (
+    "collectives",
+    "small_layers",
+    "moved_flips",
+    "quality",
+    "init",
+    "blockwise",
+    "resume",
+    "moved_state",
+    "token_files",
+)
+MOST = ("exact_flips", "exact_int8_flips", "dyadic_engine", "zero_stages", "partitioned", "nan_norm", "recompute")
+#: Number of ranks → scenarios they run, in this order; two ranks first, one goes on with their state, then three do.
 SCENARIOS = {
+    2: (*EVERY, *MOST, "overlap", "nan_gradient", "missing_gradient", "nan_loss", "teachers"),
     1: (*EVERY, *MOST, "full_disk", "dropout"),
-    2: (*EVERY, *MOST, "overlap", "nan_gradient", "missing_gradient", "nan_loss"),
     3: EVERY,
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from tiny import make_llama, make_windows
 from torch import Tensor
 
 from kbop_core.convert import binary_layers, plan_conversion
+from kbop_core.documents import rows_of
 from kbop_core.errors import KbopError
 from kbop_core.evidence import EvidenceKind
 from kbop_core.init.blockwise import BlockEffort
@@ -19,7 +22,9 @@ from kbop_core.layers import BinaryLinear
 from kbop_core.perplexity import evaluate
 from kbop_core.schedules import FlipSchedule
 from kbop_core.shard import Gang
+from kbop_core.slices import SliceReader, write_slices
 from kbop_core.text import Windows
+from kbop_core.token_files import PART_ROWS, Recipe, tokenise
 
 STEPS = 5
 #: Fewer rows than three ranks, a ragged number of them, and a multiple; no width is a multiple of another.
@@ -30,11 +35,14 @@ def collectives(gang: Gang, folder: Path) -> dict[str, Any]:
     """Sums rows × (rank+1) to their owners and gathers them again, for many numbers of rows."""
     totals, columns = [0, 1, 2, 3, 5, 7, 64], 9
     wholes = [torch.arange(t * columns).view(t, columns).float() for t in totals]
-    own = [gang.reduce_scatter_rows(whole * (gang.rank + 1))() for whole in wholes]
+    exact = replace(gang, wire=torch.float32)
+    own = [exact.reduce_scatter_rows(whole * (gang.rank + 1))() for whole in wholes]
+    rough = gang.reduce_scatter_rows(torch.full((4, 2), 1 + 2.0**-10) * 2.0**gang.rank)()
     flags = torch.tensor([gang.rank, -gang.rank])
     return {
         "wholes": wholes,
         "own_rows": [len(part) for part in own],
+        "rough": rough,
         "gathered": gang.gather_rows(own, totals),
         "bytes": gang.gather_rows([part.byte() for part in own], totals),
         "all": gang.all_gather(torch.full((2, 3), float(gang.rank))),
@@ -58,9 +66,11 @@ def gradient(name: str, step: int, sample: int, most: int) -> Tensor:
     return torch.randint(-most, most + 1, SHAPES[name], generator=seed).float()
 
 
-def run_steps(kbop: KBOP, layers: dict[str, BinaryLinear], give: Any) -> dict[str, Any]:
+def run_steps(
+    kbop: KBOP, layers: dict[str, BinaryLinear], give: Any, steps: Iterable[int] = range(STEPS)
+) -> dict[str, Any]:
     bits, flips = [], []
-    for step in range(STEPS):
+    for step in steps:
         for name, layer in layers.items():
             assert layer.gradient_sink is not None
             layer.gradient_sink(give(name, step))
@@ -76,7 +86,7 @@ def exact_flips(gang: Gang, folder: Path, in_flight: int = 2, kind: EvidenceKind
         samples = [gradient(name, step, sample, 1000) for sample in range(2)]
         return (samples[0] + samples[1]) / 2 if gang.size == 1 else samples[gang.rank]
 
-    layers = make_layers()
+    layers, gang = make_layers(), replace(gang, wire=torch.float32)  # whole numbers beyond bfloat16's 8 bits
     schedule = FlipSchedule(0.1, STEPS, 1)
     kbop = KBOP(layers, schedule, momentum=0.98, gang=gang, evidence=kind, in_flight=in_flight)
     return run_steps(kbop, layers, give)
@@ -98,9 +108,27 @@ def small_layers(gang: Gang, folder: Path) -> dict[str, Any]:
     kbop = KBOP(layers, FlipSchedule(0.2, STEPS, 1), momentum=0.5, gang=gang)
     result = run_steps(kbop, layers, lambda name, step: gradient(name, step, 0, 3))
     held = {
-        name: {"evidence": s.evidence.values(), "row": s.row, "column": s.column} for name, s in kbop.shards.items()
+        name: {
+            "evidence": s.evidence.values(),
+            "row": s.moments.row,
+            "column": s.moments.column,
+            "seen": s.reversals.start,
+        }
+        for name, s in kbop.shards.items()
     }
     return result | {"state_bytes": kbop.state_bytes(), "held": held}
+
+
+def moved_flips(gang: Gang, folder: Path) -> dict[str, Any]:
+    """The same steps, two by two ranks, two by one, the last by three: each takes up the state the others left."""
+    before, steps = {2: (None, range(2)), 1: (2, range(2, 4)), 3: (1, range(4, 5))}[gang.size]
+    layers = make_layers()
+    kbop = KBOP(layers, FlipSchedule(0.2, STEPS, 1), momentum=0.5, gang=gang)
+    if before is not None:
+        kbop.load(SliceReader(sorted(folder.parent.glob(f"flips-{before}-*"))), steps.start, 0.5 ** (steps.start + 1))
+    result = run_steps(kbop, layers, lambda name, step: gradient(name, step, 0, 3), steps)
+    write_slices(kbop.state(), folder.parent / f"flips-{gang.size}-{gang.rank}")
+    return result | {"unit": kbop.unit}
 
 
 def _broken(gang: Gang, give: Any) -> dict[str, Any]:
@@ -187,6 +215,19 @@ def _reconstructed(gang: Gang, windows: Tensor) -> dict[str, Any]:
     }
 
 
+def token_files(gang: Gang, folder: Path) -> dict[str, bytes]:
+    """The ranks make a source's token files together: two whole parts and some rows, read until they are enough."""
+    texts, found = rows_of("texts", [chr(97 + n % 26) * (n % 9) for n in range(2 * PART_ROWS + 9)]), {}
+    recipe = Recipe(lambda text: list(map(ord, text)), 128, lambda text: True, lambda text: None, "tests")
+    for name, enough in (("all", 10**9), ("some", 3000)):
+        target = folder / f"tokens-{name}"
+        target.mkdir(exist_ok=True)
+        tokenise(texts, recipe, target, enough, gang, torch.device("cpu"))
+        found |= {f"{name}/{path.name}": path.read_bytes() for path in target.iterdir()}
+        gang.all_gather(torch.zeros(1))  # nobody goes on while another still looks
+    return found
+
+
 SCENARIOS = {
     f.__name__: f
     for f in (
@@ -195,10 +236,12 @@ SCENARIOS = {
         exact_int8_flips,
         overlap,
         small_layers,
+        moved_flips,
         nan_gradient,
         missing_gradient,
         quality,
         init,
         blockwise,
+        token_files,
     )
 }

@@ -16,14 +16,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kbop_core.convert import convert_plain, plan_conversion
-from kbop_core.engine import Engine, EngineConfig
+from kbop_core.engine import Engine, EngineConfig, barrier, share_frozen
 from kbop_core.errors import KbopError
+from kbop_core.hf import load_lazily
 from kbop_core.kbop import KBOP
 from kbop_core.layers import BinaryLinear
 from kbop_core.loop import Run, StepLayout, TrainConfig, start_run, train
 from kbop_core.schedules import FlipSchedule
 from kbop_core.shard import Gang
-from kbop_core.training_state import load_state, newest_state, save_state
+from kbop_core.target_cache import TargetCache
+from kbop_core.teacher import CachedTeacher, LiveTeacher
+from kbop_core.training_state import checkpoint_folder, load_state, newest_state, save_state
+from kbop_core.window_source import WindowsInMemory
 
 CONFIG = TrainConfig(steps=6, flip_rate=0.05, warmup=0.2, zero_stage=1, timeout_s=60.0)
 WINDOWS = 6  # a step: divides by one, two and three ranks
@@ -54,8 +58,8 @@ def dyadic_engine(gang: Gang, folder: Path) -> dict[str, Any]:
     layers = {"first": model.first, "second": model.second}
     scales = [layer.weight_scale for layer in layers.values()]
     batch = 2 // gang.size
-    engine = Engine(model, [{"params": scales, "lr": 0.0}], EngineConfig(batch, 1, clip=0.0), 60.0)
-    kbop = KBOP(layers, FlipSchedule(0.1, 5, 1), momentum=0.98, gang=gang)
+    engine = Engine(model, [{"params": scales, "lr": 0.0}], EngineConfig(batch, 1, clip=0.0), gang, 60.0)
+    kbop = KBOP(layers, FlipSchedule(0.1, 5, 1), momentum=0.98, gang=replace(gang, wire=torch.float32))
     bits, flips = [], []
     for _ in range(5):
         ids = torch.randint(0, 16, (2, 4), generator=rng)
@@ -77,20 +81,23 @@ def begin(
     windows: Tensor | None = None,
     config: TrainConfig = CONFIG,
     make: Callable[[int], PreTrainedModel] = make_llama,
+    teacher: Any = None,
 ) -> Run:
-    teacher, student = make(0), make(0)
+    student, teacher = make(0), make(0) if teacher is None else teacher
     convert_plain(student, plan_conversion(student, 4), trainable=True)
     layout = StepLayout(16, WINDOWS, gang.size, 1 if gang.size == 2 else WINDOWS // gang.size)
-    return start_run(student, teacher, make_windows(13, 16) if windows is None else windows, config, layout, gang)
+    source = WindowsInMemory(make_windows(13, 16) if windows is None else windows, seed=0)
+    return start_run(student, teacher, source, config, layout, gang)
 
 
 def snapshot(run: Run) -> dict[str, Tensor]:
     """Bits, evidence with its moments and unit, and every full-precision parameter of this rank."""
-    model = run.engine._engine.module
     values = {f"bits.{n}": s.layer.weight for n, s in run.kbop.shards.items()}
-    values |= {f"evidence.{p}.{n}": t for n, s in run.kbop.shards.items() for p, t in s.tensors().items()}
+    values |= {f"evidence.{p}.{n}": t.rows for n, s in run.kbop.shards.items() for p, t in s.slices().items()}
     values |= {"evidence.unit": torch.tensor(run.kbop.unit, dtype=torch.float64)}
-    return {name: t.detach().clone() for name, t in {**values, **dict(model.named_parameters())}.items()}
+    with run.engine.whole_parameters():
+        values |= dict(run.engine._engine.module.named_parameters())
+        return {name: t.detach().clone() for name, t in values.items()}
 
 
 def resume(gang: Gang, folder: Path, config: TrainConfig = CONFIG, name: str = "checkpoints") -> dict[str, Any]:
@@ -106,9 +113,9 @@ def resume(gang: Gang, folder: Path, config: TrainConfig = CONFIG, name: str = "
     run.engine.close()
 
     again, warnings = begin(gang, config=config), []
-    newest = newest_state(checkpoints, gang.size, warnings.append)
+    newest = newest_state(checkpoints, warnings.append)
     assert newest is not None
-    start = load_state(newest, again.engine, again.kbop, gang)
+    start = load_state(newest, again.engine, again.kbop)
     loaded = snapshot(again)
     more = [metrics.loss for metrics in train(again, range(start, 6))]
     resumed = snapshot(again)
@@ -118,8 +125,8 @@ def resume(gang: Gang, folder: Path, config: TrainConfig = CONFIG, name: str = "
 
 
 def zero_stages(gang: Gang, folder: Path) -> dict[int, dict[str, Any]]:
-    """The same with the full-precision side whole, and with its gradients sharded too."""
-    return {stage: resume(gang, folder, replace(CONFIG, zero_stage=stage), f"zero-{stage}") for stage in (0, 2)}
+    """The same with the full-precision side whole, and with its gradients, and the parameters, sharded too."""
+    return {stage: resume(gang, folder, replace(CONFIG, zero_stage=stage), f"zero-{stage}") for stage in (0, 2, 3)}
 
 
 def dropout(gang: Gang, folder: Path) -> list[list[float]]:
@@ -137,10 +144,11 @@ def nan_loss(gang: Gang, folder: Path) -> dict[str, Any]:
     """In the second step a window of rank 1 alone holds a token whose teacher is broken."""
     windows = make_windows(13, 16)
     run = begin(gang, windows=windows)
-    run.teacher.lm_head.weight = nn.Parameter(run.teacher.lm_head.weight.clone())  # no longer the embedding
-    run.teacher.model.embed_tokens.weight[0] = torch.nan
+    teacher = run.teacher.model
+    teacher.lm_head.weight = nn.Parameter(teacher.lm_head.weight.clone())  # no longer the embedding
+    teacher.model.embed_tokens.weight[0] = torch.nan
     place = run.layout.places(1, run.layout.micro_steps - 1, 1)[0]
-    windows[next(run.order.indices(place, place + 1)), 3] = 0
+    windows[run.windows.numbers(range(place, place + 1)), 3] = 0
     steps = train(run, range(6))
     next(steps)
     before = snapshot(run)
@@ -158,7 +166,7 @@ def nan_loss(gang: Gang, folder: Path) -> dict[str, Any]:
 def nan_norm(gang: Gang, folder: Path) -> dict[int, str]:
     """The loss and the signs' gradients are finite, and on the last rank a norm's gradient is not."""
     errors = {}
-    for stage in (0, 1, 2):
+    for stage in (0, 1, 2, 3):
         run = begin(gang, config=replace(CONFIG, zero_stage=stage))
         if gang.rank == gang.size - 1:
             run.engine._engine.module.model.norm.weight.register_hook(lambda gradient: gradient * torch.nan)
@@ -182,29 +190,108 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
-def full_disk(gang: Gang, folder: Path) -> dict[str, dict[str, Any]]:
-    """No room for the rank's own file, then room for it and not for DeepSpeed's; afterwards there is room again."""
-    run, results = begin(gang), {}
-    for kind, size in {"rank": 100, "engine": 14_000}.items():
-        checkpoints, error = folder / f"full-{kind}", "none"
-        save_state(checkpoints, 1, run.engine, run.kbop, gang)
-        try:
-            with largest_file(size):
-                save_state(checkpoints, 2, run.engine, run.kbop, gang)
-        except Exception as caught:
-            error = type(caught).__name__
-        newest = newest_state(checkpoints, gang.size, lambda _: None)
-        parts = [p for p in checkpoints.glob(".*.parts/*.safetensors") if p.stat().st_size > size // 4]
-        save_state(checkpoints, 3, run.engine, run.kbop, gang)
-        names = sorted(p.name for p in checkpoints.iterdir())
-        results[kind] = {
-            "error": error,
-            "newest": newest and newest.name,
-            "whole": [p.name for p in parts],
-            "names_after": names,
-        }
+def full_disk(gang: Gang, folder: Path) -> dict[str, Any]:
+    """No room for the rank's file; afterwards there is room again."""
+    run, error, checkpoints = begin(gang), "none", folder / "full"
+    save_state(checkpoints, 1, run.engine, run.kbop, gang)
+    try:
+        with largest_file(100):
+            save_state(checkpoints, 2, run.engine, run.kbop, gang)
+    except Exception as caught:
+        error = type(caught).__name__
+    newest = newest_state(checkpoints, lambda _: None)
+    save_state(checkpoints, 3, run.engine, run.kbop, gang)
     run.engine.close()
-    return results
+    names = sorted(p.name for p in checkpoints.iterdir())
+    return {"error": error, "newest": newest and newest.name, "names_after": names}
 
 
-SCENARIOS = {f.__name__: f for f in (dyadic_engine, resume, zero_stages, dropout, nan_loss, nan_norm, full_disk)}
+#: Number of ranks → whose checkpoint they go on from, and the ZeRO stage they use.
+MOVES = {2: (None, 1), 1: (2, 0), 3: (1, 3)}
+
+
+def moved_state(gang: Gang, folder: Path) -> None:
+    """Two ranks train and save, one rank takes that and saves it again, then three do."""
+    before, stage = MOVES[gang.size]
+    run = begin(gang, config=replace(CONFIG, zero_stage=stage))
+    if before is None:
+        list(train(run, range(2)))
+    else:
+        assert load_state(checkpoint_folder(folder.parent / f"moved-{before}", 2), run.engine, run.kbop) == 2
+    save_state(folder.parent / f"moved-{gang.size}", 2, run.engine, run.kbop, gang)
+    if before is not None:
+        list(train(run, range(2, 3)))  # and it trains
+    run.engine.close()
+
+
+def recompute(gang: Gang, folder: Path) -> dict[int, list[Any]]:
+    """Two steps with and without activation checkpointing, for every ZeRO stage."""
+    found = {}
+    for stage in range(4):
+        found[stage] = []
+        for recomputed in (False, True):
+            run = begin(gang, config=replace(CONFIG, zero_stage=stage, activation_checkpointing=recomputed))
+            losses = [metrics.loss for metrics in train(run, range(2))]
+            found[stage].append((losses, snapshot(run)))
+            run.engine.close()
+    return found
+
+
+def partitioned(gang: Gang, folder: Path) -> dict[str, Any]:
+    """ZeRO stage 3 that keeps no parameter whole, as with large ones; saved, loaded, and gone on with."""
+    usual = EngineConfig.to_deepspeed
+
+    def to_deepspeed(config: EngineConfig) -> dict[str, Any]:
+        settings = usual(config)
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return settings
+
+    EngineConfig.to_deepspeed = to_deepspeed  # type: ignore[method-assign]
+    try:
+        return resume(gang, folder, replace(CONFIG, zero_stage=3), "partitioned")
+    finally:
+        EngineConfig.to_deepspeed = usual  # type: ignore[method-assign]
+
+
+def teachers(gang: Gang, folder: Path) -> dict[str, list[float]]:
+    """Losses of three steps with the same teacher in every place it can be."""
+    if gang.rank == 0:
+        make_llama(0).save_pretrained(folder / "teacher")
+    barrier(gang)
+    windows = make_windows(13, 16)
+    cache = TargetCache(folder / "targets", range(13))
+    cache.write(gang, lambda numbers: windows[list(numbers)], LiveTeacher(make_llama(0)).log_probs, 2)
+    barrier(gang)
+    places: dict[str, Callable[[], Any]] = {
+        "resident": lambda: make_llama(0),
+        "sharded": lambda: LiveTeacher(share_frozen(make_llama(0))),
+        "sharded from disk": lambda: LiveTeacher(
+            share_frozen(load_lazily(str(folder / "teacher"), None, torch.float32, torch.device("cpu")))
+        ),
+        "offloaded": lambda: load_lazily(str(folder / "teacher"), None, torch.float32, torch.device("cpu")),
+        "cached": lambda: CachedTeacher(cache),
+    }
+    losses = {}
+    for place, make in places.items():
+        run = begin(gang, teacher=make())
+        losses[place] = [metrics.loss for metrics in train(run, range(3))]
+        run.engine.close()
+    return losses
+
+
+SCENARIOS = {
+    f.__name__: f
+    for f in (
+        dyadic_engine,
+        resume,
+        zero_stages,
+        dropout,
+        nan_loss,
+        nan_norm,
+        full_disk,
+        moved_state,
+        recompute,
+        partitioned,
+        teachers,
+    )
+}

@@ -34,6 +34,15 @@ def test_rows_summed_to_their_owners_and_gathered_again_are_the_whole_sum(size: 
             assert torch.equal(as_bytes, (whole * factor).byte())
 
 
+@pytest.mark.parametrize(("size", "total"), [(1, 1 + 2.0**-10), (2, 3.0), (3, 7.0)])
+def test_gradients_are_rounded_once_on_the_wire_and_not_at_all_without_one(
+    size: int, total: float, outcome: Outcome
+) -> None:
+    rough = outcome(size, "collectives", 0)["rough"]
+    assert rough.dtype == torch.float32
+    assert bool((rough == total).all())
+
+
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_every_row_is_owned_once_also_when_rows_are_fewer_than_ranks(size: int, outcome: Outcome) -> None:
     owned = [outcome(size, "collectives", rank)["own_rows"] for rank in ranks(size)]
@@ -80,6 +89,13 @@ def test_layers_with_fewer_rows_than_ranks_flip_as_on_one_rank(size: int, outcom
     assert sum(flips["two rows"] for flips in alone["flips"]) > 0
 
 
+def test_flips_do_not_change_when_two_ranks_hand_over_to_one_and_that_to_three(outcome: Outcome) -> None:
+    whole = outcome(1, "small_layers", 0)
+    moved = [outcome(size, "moved_flips", 0) for size in (2, 1, 3)]
+    assert [flips for part in moved for flips in part["flips"]] == whole["flips"]
+    assert same_bits({"bits": [bits for part in moved for bits in part["bits"]]}, whole)
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_shards_of_the_evidence_are_the_rows_of_the_whole(size: int, outcome: Outcome) -> None:
     shards = [outcome(size, "small_layers", rank)["held"] for rank in ranks(size)]
@@ -106,7 +122,7 @@ def test_a_rank_holds_all_bits_and_its_share_of_the_evidence(size: int, outcome:
         shards, wholes = found["held"], alone["held"]
         moments = sum(4 * (len(shard["row"]) + len(shard["column"])) for shard in shards.values())
         evidence = sum(2 * shard["evidence"].numel() for shard in shards.values())
-        assert found["state_bytes"] == bits + evidence + moments
+        assert found["state_bytes"] == bits + evidence + moments + sum(s["seen"].nbytes for s in shards.values())
         assert all(len(s["evidence"]) <= -(-len(wholes[n]["evidence"]) // size) for n, s in shards.items())
 
 
@@ -172,3 +188,14 @@ def test_the_init_of_several_ranks_is_that_of_one_but_for_rounding(size: int, ou
     assert float((shared["logits"] - alone["logits"]).square().mean()) < 1e-3 * float(error)
     bits = [(shared["bits"][n] != alone["bits"][n]).float().mean().item() for n in alone["bits"]]
     assert max(bits) < 0.02
+
+
+# -- token files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_token_files_have_the_same_bytes_whoever_made_them(size: int, outcome: Outcome) -> None:
+    alone = outcome(1, "token_files", 0)
+    assert {"all/part-000002.bin", "some/part-000001.bin", "some/index.json"} < alone.keys()
+    assert "some/part-000002.bin" not in alone
+    assert all(outcome(size, "token_files", rank) == alone for rank in ranks(size))

@@ -109,6 +109,18 @@ def test_the_worker_is_given_longer_to_stop_than_its_ranks(services):
     assert seconds > ServerSettings.model_fields["grace_s"].default
 
 
+# The example for Prometheus
+
+
+def test_prometheus_finds_the_server_with_its_key():
+    from service.settings import DEFAULT_PORT
+
+    yaml = pytest.importorskip("yaml")
+    (job,) = yaml.safe_load((ROOT / "deploy" / "prometheus.yml").read_text())["scrape_configs"]
+    assert job["static_configs"] == [{"targets": [f"127.0.0.1:{DEFAULT_PORT}"]}]
+    assert job.get("metrics_path", "/metrics") == "/metrics" and job["authorization"]["credentials_file"]
+
+
 # The images
 
 

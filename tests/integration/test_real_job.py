@@ -28,7 +28,8 @@ import json, math, sys
 from pathlib import Path
 import torch
 import kbop_core
-from kbop_core.text import evaluation_windows, read_documents
+from kbop_core.documents import read_documents
+from kbop_core.text import evaluation_windows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder, text, context = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
@@ -139,9 +140,16 @@ def test_training_holds_no_latent_weights(report):
     assert report["memory"]["training_state_bytes_per_binary_weight"] == pytest.approx(1 / 8 + 2 / 2 + moments)
 
 
+def test_the_training_series_is_what_the_ranks_wrote(server, finished, report):
+    series = server.http.get(f"/v1/jobs/{finished}/metrics?layers=true").raise_for_status().json()
+    assert [step["step"] for step in series["data"]] == list(range(40)) and series["next_since"] == 40
+    assert [step["loss"] for step in series["data"]] == [point["loss"] for point in report["training"]["curve"]]
+    assert len(series["data"][-1]["flips"]) == 14
+
+
 def test_the_report_says_how_it_came_about(report, finished, tiny):
     assert (report["job_id"], report["ranks"], report["device"], report["attempts"]) == (finished, 2, "cpu", 1)
-    assert report["spec"]["data"] == [{"source": str(tiny.train), "split": "all"}]
+    assert report["spec"]["data"] == [{"source": str(tiny.train), "split": "all", "weight": None}]
     assert report["time"]["stages"].keys() == set(STAGES)
     assert report["time"]["total_s"] == pytest.approx(sum(report["time"]["stages"].values()))
     assert report["samples"] and all(s["teacher"].strip() and s["kbop"].strip() for s in report["samples"])

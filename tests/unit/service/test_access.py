@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tests.unit.service.conftest import MakeServer, Server
 
 KEY = "k-0123456789abcdef"
-ROUTES = ["", "/x", "/x/events", "/x/logs", "/x/report", "/x/artifacts", "/x/artifacts/y"]
+ROUTES = ["", "/x", "/x/events", "/x/logs", "/x/metrics", "/x/report", "/x/artifacts", "/x/artifacts/y"]
 
 
 @pytest.mark.parametrize("path", ROUTES)

@@ -1,0 +1,67 @@
+"""Owns the second moments of a layer's gradient: r over rows, c over columns, and how they are measured.
+
+Refuses to know what they are for (kbop.py). Squares do not add up over micro-steps and ranks, but projections do: with
+Ω a matrix of random ±1, mean_j g²_ij = E[(g Ω)²_ik]/I. So r and c are measured on `PROBES` projections of rows and
+columns, summed like gradients, and no rank ever holds the whole gradient of a step (measured beside exact ones:
+docs/quality.md).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Decay ρ of the second moments (at most 1 − 1/(t+1): the first ones must not linger; docs/quality.md).
+MOMENT_DECAY = 0.98
+#: Random projections that measure them: one step's estimate is off by √(2/16), their average by 5 %.
+PROBES = 16
+
+
+def random_signs(count: int) -> Tensor:
+    """Ω: float32 (count, PROBES) of ±1, the same on every rank and device."""
+    bits = torch.randint(0, 2, (count, PROBES), generator=torch.Generator().manual_seed(0))
+    return bits.mul_(2).sub_(1).float()
+
+
+class Moments:
+    """r of one rank's rows and c of one layer, with the projections of the step that is under way.
+
+    Attributes:
+        row: r, float32 (R,), mean square of the gradient over each of this rank's rows.
+        column: c, float32 (I,), over each column, equal on all ranks.
+        row_sketch: float32 (R, PROBES), sum of g Ω over the micro-steps so far.
+        column_sketch: float32 (PROBES, I), this rank's part of Ωᵀ g.
+    """
+
+    def __init__(self, rows: slice, width: int, height: int, device: torch.device) -> None:
+        self.rows, self.height, self.width = rows, height, width
+        count = rows.stop - rows.start
+        self.row = torch.zeros(count, dtype=torch.float32, device=device)
+        self.column = torch.zeros(width, dtype=torch.float32, device=device)
+        self.row_sketch = torch.zeros(count, PROBES, dtype=torch.float32, device=device)
+        self.column_sketch = torch.zeros(PROBES, width, dtype=torch.float32, device=device)
+
+    def project(self, gradient_RI: Tensor, probes: Tensor) -> None:
+        """Take in one micro-step's gradient of this rank's rows, float32, summed over ranks."""
+        self.row_sketch.addmm_(gradient_RI, probes[: self.width])
+        self.column_sketch.addmm_(probes[self.rows].t(), gradient_RI)
+
+    def update(self, column_sketch: Tensor, ranks: int, steps_done: int) -> None:
+        """Fold the step's projections into r and c, and forget them.
+
+        Args:
+            column_sketch: Ωᵀ g of all ranks.
+            ranks: whose gradients were summed; the moments are those of their mean.
+            steps_done: steps before this one.
+        """
+        gain = max(1.0 - MOMENT_DECAY, 1.0 / (steps_done + 1))  # a plain mean while there are few
+        columns = column_sketch.view_as(self.column_sketch).double().square_().mean(0) / self.height
+        rows = self.row_sketch.double().square_().mean(1) / self.width
+        for moment, fresh in ((self.row, rows), (self.column, columns)):
+            moment.lerp_((fresh / ranks**2).float(), gain)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the projections of a step that is not finished."""
+        self.row_sketch.zero_()
+        self.column_sketch.zero_()
