@@ -231,13 +231,14 @@ def test_a_resumed_job_reports_one_unbroken_curve(server, finished, resumed):
 
 
 def test_two_ranks_on_two_nodes_end_with_the_bytes_of_two_on_one(serve, server, finished, tiny):
-    """Each node gets one core, as each of two ranks on one machine of two does: sums depend on the threads."""
+    """Each node, named after its cores, gets half of them, as two ranks on one machine do: sums depend on threads."""
     cores = sorted(os.sched_getaffinity(0))
-    names = (f"a{cores[0]}", f"b{cores[-1]}")
+    half = max(1, len(cores) // 2)
+    names = ("a" + "_".join(map(str, cores[:half])), "b" + "_".join(map(str, cores[-half:])))
     hosts = tiny.folder / "hosts"
     hosts.write_text("".join(f"{name} slots=1 address=127.0.0.1 device=cpu\n" for name in names))
-    on_its_core = """sh -c 'exec taskset -c ${1#?} sh -c "$2"' start {host} {command}"""
-    nodes = serve(tiny.folder, KBOP_HOSTS=str(hosts), KBOP_NODE_COMMAND=on_its_core)
+    on_its_cores = """sh -c 'exec taskset -c $(echo ${1#?} | tr _ ,) sh -c "$2"' start {host} {command}"""
+    nodes = serve(tiny.folder, KBOP_HOSTS=str(hosts), KBOP_NODE_COMMAND=on_its_cores)
     job_id = nodes.submit(tiny.spec(name="undisturbed"))
     nodes.succeeded(job_id)
     assert nodes.attempts(job_id) == ["1"]
