@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -227,6 +228,23 @@ def test_a_resumed_job_reports_one_unbroken_curve(server, finished, resumed):
     assert server.report(resumed)["training"]["curve"] == server.report(finished)["training"]["curve"]
     assert server.report(resumed)["perplexity"] == server.report(finished)["perplexity"]
     assert server.report(resumed)["attempts"] == 2
+
+
+def test_two_ranks_on_two_nodes_end_with_the_bytes_of_two_on_one(serve, server, finished, tiny):
+    """Each node, named after its cores, gets half of them, as two ranks on one machine do: sums depend on threads."""
+    cores = sorted(os.sched_getaffinity(0))
+    half = max(1, len(cores) // 2)
+    names = ("a" + "_".join(map(str, cores[:half])), "b" + "_".join(map(str, cores[-half:])))
+    hosts = tiny.folder / "hosts"
+    hosts.write_text("".join(f"{name} slots=1 address=127.0.0.1 device=cpu\n" for name in names))
+    on_its_cores = """sh -c 'exec taskset -c $(echo ${1#?} | tr _ ,) sh -c "$2"' start {host} {command}"""
+    nodes = serve(tiny.folder, KBOP_HOSTS=str(hosts), KBOP_NODE_COMMAND=on_its_cores)
+    job_id = nodes.submit(tiny.spec(name="undisturbed"))
+    nodes.succeeded(job_id)
+    assert nodes.attempts(job_id) == ["1"]
+    files, expected = nodes.artifacts(job_id), server.artifacts(finished)
+    assert files["model.safetensors"]["sha256"] == expected["model.safetensors"]["sha256"]
+    assert nodes.report(job_id)["training"]["curve"] == server.report(finished)["training"]["curve"]
 
 
 @dataclass(frozen=True)
