@@ -15,9 +15,9 @@ for the one before it.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,14 +147,16 @@ def _rank_file(rank: int) -> str:
 
 def _await_ranks(parts: Path, size: int) -> None:
     """Until every rank has written its file and hash."""
-    limit = time.monotonic() + PEERS_S
-    while missing := [rank for rank in range(size) if not (parts / f"rank-{rank}.json").is_file()]:
-        if time.monotonic() > limit:
-            raise CheckpointError(
-                f"rank {missing[0]} has not written its part of {parts.name} within {PEERS_S:.0f} s",
-                "all ranks must see the job's folder; see the rank's log",
-            )
-        time.sleep(LOOK_S)
+    never = threading.Event()
+    for _ in range(math.ceil(PEERS_S / LOOK_S)):
+        missing = [rank for rank in range(size) if not (parts / f"rank-{rank}.json").is_file()]
+        if not missing:
+            return
+        never.wait(LOOK_S)
+    raise CheckpointError(
+        f"rank {missing[0]} has not written its part of {parts.name} within {PEERS_S:.0f} s",
+        "all ranks must see the job's folder; see the rank's log",
+    )
 
 
 def _complete(parts: Path, final: Path, facts: dict[str, Any]) -> None:

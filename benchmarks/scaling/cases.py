@@ -11,7 +11,6 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,6 +38,8 @@ from kbop_core.training_state import StateWriter, save_state
 from kbop_core.window_source import WindowsInMemory
 
 WARMUP = 2
+#: Student and teacher.
+Models = tuple[nn.Module, nn.Module]
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ class Case:
     checkpoints: bool = False
 
 
-def measure(case: Case, gang: Gang, wire: Wire, device: torch.device) -> dict[str, Any]:
-    """Everything that this rank can say about a case."""
+def measure(case: Case, gang: Gang, wire: Wire, device: torch.device, folder: Path) -> dict[str, Any]:
+    """Everything that this rank can say about a case; `folder` is one for all ranks."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if case.bf16 else torch.float32
     shape = SHAPES[case.shape]
@@ -114,8 +115,8 @@ def measure(case: Case, gang: Gang, wire: Wire, device: torch.device) -> dict[st
     )
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    method = _kbop if case.method == "kbop" else _latent
-    found = method(case, student, teacher, plan, ids, gang, wire)
+    method = partial(_kbop, folder=folder) if case.method == "kbop" else _latent
+    found = method(case, (student, teacher), plan, ids, gang, wire)
     found |= {"weights": plan.weights, "tokens_per_s": case.windows * case.context / found["step_s"]}
     if device.type == "cuda":
         found["peak_bytes"] = torch.cuda.max_memory_allocated(device)
@@ -140,8 +141,9 @@ def plan_conversion_weights(shape: Shape) -> int:
 
 
 def _kbop(
-    case: Case, student: nn.Module, teacher: nn.Module, plan: ConversionPlan, ids: Tensor, gang: Gang, wire: Wire
+    case: Case, models: Models, plan: ConversionPlan, ids: Tensor, gang: Gang, wire: Wire, folder: Path
 ) -> dict[str, Any]:
+    student, teacher = models
     convert_plain(student, plan, trainable=True)
     per_rank = case.windows // gang.size
     layout = StepLayout(case.context, case.windows, gang.size, per_rank)
@@ -160,12 +162,10 @@ def _kbop(
         "wire_other": wire.total("other") / case.steps,
     }
     metrics, found["extra_bytes"] = _peak_over_plain(run, lambda: next(steps))
-    found |= {
-        "phases": dict(metrics.seconds),
-        "largest_gradient": 4 * max(e.out_features * e.in_features for e in plan.binary),
-    }
+    largest = max(entry.out_features * entry.in_features for entry in plan.binary)
+    found |= {"phases": dict(metrics.seconds), "largest_gradient": 4 * largest}
     if case.checkpoints:
-        found |= _checkpoints(run)
+        found |= _checkpoints(run, folder)
     run.engine.close()
     return found
 
@@ -217,21 +217,19 @@ def _no_flips() -> FlipStats:
     return FlipStats({}, {}, 0)
 
 
-def _checkpoints(run: Run) -> dict[str, float]:
+def _checkpoints(run: Run, folder: Path) -> dict[str, float]:
     """Seconds that training stands still for a checkpoint, and for one that is waited for."""
-    with tempfile.TemporaryDirectory() as folder:
-        writer, began = StateWriter(Path(folder) / "beside", run.gang), time.perf_counter()
-        writer.save(1, run.engine, run.kbop)
-        copied = time.perf_counter() - began
-        writer.wait()
-        began = time.perf_counter()
-        save_state(Path(folder) / "waited", 1, run.engine, run.kbop, run.gang)
-        return {"checkpoint_copy_s": copied, "checkpoint_whole_s": time.perf_counter() - began}
+    writer, began = StateWriter(folder / "beside", run.gang), time.perf_counter()
+    writer.save(1, run.engine, run.kbop)
+    copied = time.perf_counter() - began
+    writer.wait()
+    began = time.perf_counter()
+    save_state(folder / "waited", 1, run.engine, run.kbop, run.gang)
+    return {"checkpoint_copy_s": copied, "checkpoint_whole_s": time.perf_counter() - began}
 
 
-def _latent(
-    case: Case, student: nn.Module, teacher: nn.Module, plan: ConversionPlan, ids: Tensor, gang: Gang, wire: Wire
-) -> dict[str, Any]:
+def _latent(case: Case, models: Models, plan: ConversionPlan, ids: Tensor, gang: Gang, wire: Wire) -> dict[str, Any]:
+    student, teacher = models
     layers = convert_latent(student, plan)
     student.requires_grad_(True)
     if case.recompute:
@@ -292,7 +290,7 @@ def main(description: str, out: str) -> None:
     with gang_of_ranks(kind, 600.0) as gang:
         device = torch.device("cpu" if kind == "cpu" else f"cuda:{torch.cuda.current_device()}")
         try:
-            found = measure(Case(**json.loads(description)), gang, wire, device)
+            found = measure(Case(**json.loads(description)), gang, wire, device, Path(out).parent)
         except torch.OutOfMemoryError as error:
             found = {"out_of_memory": str(error).splitlines()[0]}
     Path(out).write_text(json.dumps(found), encoding="utf-8")
