@@ -30,12 +30,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
-from typing import Literal
 
 from jobs.errors import BadPlan
 from jobs.model_shape import Linear, ModelShape
-
-TeacherPlacement = Literal["resident", "offloaded", "sharded", "cached"]
+from jobs.plan_request import PlanRequest
 
 #: Random projections that measure second moments (kbop.py), and reduce-scatters that overlap with backward.
 PROBES, IN_FLIGHT = 16, 2
@@ -55,60 +53,6 @@ STREAMED_BLOCKS = 1
 REDUCE_BUCKET = 500_000_000
 #: Elements that ZeRO-3 gathers ahead of use (`stage3_prefetch_bucket_size`).
 PREFETCH = 50_000_000
-
-
-@dataclass(frozen=True)
-class PlanRequest:
-    """How a model is to be trained.
-
-    Attributes:
-        ranks: N, one per GPU.
-        device: "cuda" (bfloat16) or "cpu" (float32).
-        micro_batch: windows of a rank in one micro-step.
-        context: tokens in a window.
-        micro_steps: micro-steps in a step.
-        group_size: weights of a row that share a scale.
-        keep: layers that stay in full precision.
-        evidence: "bfloat16" or "int8".
-        flip_rate: peak share of signs flipped in a step, 0 … 0.5.
-        zero_stage: 0 … 3, of the full-precision side.
-        teacher: where the teacher lives.
-        activation_checkpointing: whether blocks are run again in backward instead of keeping what they computed.
-        build: "whole": the student exists dense on the device before it is binarized; "blocks": one block at a time.
-    """
-
-    ranks: int = 1
-    device: Literal["cuda", "cpu"] = "cuda"
-    micro_batch: int = 1
-    context: int = 2048
-    micro_steps: int = 1
-    group_size: int = 128
-    keep: tuple[str, ...] = ()
-    evidence: Literal["bfloat16", "int8"] = "bfloat16"
-    flip_rate: float = 0.004
-    zero_stage: int = 1
-    teacher: TeacherPlacement = "resident"
-    activation_checkpointing: bool = False
-    build: Literal["whole", "blocks"] = "whole"
-
-    def __post_init__(self) -> None:
-        for name in ("ranks", "micro_batch", "context", "micro_steps", "group_size"):
-            if (value := getattr(self, name)) < 1:
-                raise BadPlan(f"{name} is {value}", f"{name} is a whole number of 1 or more")
-        if not 0 <= self.zero_stage <= 3:
-            raise BadPlan(f"zero_stage is {self.zero_stage}", "legal: 0, 1, 2, 3")
-        if not 0.0 <= self.flip_rate <= 0.5:
-            raise BadPlan(f"flip_rate is {self.flip_rate}", "legal: 0 … 0.5")
-
-    @property
-    def element(self) -> int:
-        """w: bytes of a parameter, activation or gradient."""
-        return 4 if self.device == "cpu" else 2
-
-    @property
-    def micro_tokens(self) -> int:
-        """n: tokens of a rank in one micro-step."""
-        return self.micro_batch * self.context
 
 
 def groups_of(layer: Linear, group_size: int) -> int:

@@ -13,15 +13,13 @@ from math import ceil
 from typing import Any
 
 from jobs.errors import BadPlan
-from jobs.memory_plan import PROBES, MemoryPlan, Phase, PlanRequest, cached_token_bytes
+from jobs.memory_plan import PROBES, MemoryPlan, Phase, cached_token_bytes
 from jobs.model_shape import ModelShape
-from jobs.spec import JobSpec
+from jobs.plan_request import PlanRequest
 
 #: Share of a device's memory that a plan may fill: the rest covers what is not counted (driver, libraries,
 #: fragmentation) and the plan's own error (docs/plan.md).
 USABLE = 0.9
-#: Windows of training that the "model's own, at most" rule of `method.context` allows.
-DEFAULT_CONTEXT = 2048
 #: Bytes a weight costs with latent weights and AdamW in bfloat16: 2 on every rank, and of the owned ones a float32
 #: master, two moments and a gradient under ZeRO-2. In float32 the weight itself takes 4.
 LATENT_OWNED_BYTES = 16
@@ -236,37 +234,3 @@ def _changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
     if request.build == "whole":
         yield "student built block by block", replace(request, build="blocks")
     yield f"{2 * request.ranks} ranks", replace(request, ranks=2 * request.ranks)
-
-
-def request_from_spec(spec: JobSpec, own_context: int | None, device: str) -> PlanRequest:
-    """What a job spec asks for.
-
-    Args:
-        spec: of the job.
-        own_context: the model's longest window, tokens; None: not known.
-        device: "cuda" or "cpu".
-    """
-    method, resources = spec.method, spec.resources
-    context = method.context or min(own_context or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-    micro_batch, micro_steps = deal_windows(method.batch_tokens, context, resources.gpus, resources.max_micro_batch)
-    return PlanRequest(
-        ranks=resources.gpus,
-        device="cpu" if device == "cpu" else "cuda",
-        micro_batch=micro_batch,
-        context=context,
-        micro_steps=micro_steps,
-        group_size=spec.group_size,
-        keep=spec.keep,
-        evidence=method.evidence,
-        flip_rate=method.flip_rate,
-        zero_stage=resources.zero_stage,
-        teacher=getattr(resources, "teacher", "resident"),
-        activation_checkpointing=getattr(resources, "activation_checkpointing", False),
-    )
-
-
-def deal_windows(batch_tokens: int, context: int, ranks: int, max_micro_batch: int) -> tuple[int, int]:
-    """Windows in a micro-step and micro-steps in a step, as kbop_core.loop.layout_steps deals them."""
-    per_rank = max(1, round(batch_tokens / (context * ranks)))
-    micro_batch = max(d for d in range(1, min(per_rank, max_micro_batch) + 1) if per_rank % d == 0)
-    return micro_batch, per_rank // micro_batch
