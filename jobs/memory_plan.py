@@ -315,11 +315,14 @@ class MemoryPlan:
 
     @property
     def _layer_backward(self) -> int:
-        """Backward of the largest layer: ∂y, ∂x, S, ∂W and either ∂W ⊙ S or what folding the evidence needs."""
+        """Backward of the largest layer: ∂y, ∂x, S, ∂W, ∂W ⊙ S, and what folding into the evidence needs."""
         n, w, la = self.request.micro_tokens, self.request.element, self.largest
         own = self.rows(la) * la.in_features
-        fold = (4 * own if w < 4 else 0) + (12 * own if self.request.evidence == "int8" else 0)
-        return w * (n * (la.out_features + la.in_features) + 2 * la.weights) + max(w * la.weights, fold)
+        fold = 4 * own if w < 4 else 0
+        if self.request.evidence == "int8":
+            whole_blocks = self.rows(la) * ceil(la.in_features / EVIDENCE_BLOCK) * EVIDENCE_BLOCK
+            fold += 4 * (own + whole_blocks) + (4 * whole_blocks if whole_blocks > own else 0)
+        return w * (n * (la.out_features + la.in_features) + 3 * la.weights) + fold
 
     @property
     def _in_flight(self) -> int:

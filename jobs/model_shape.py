@@ -31,6 +31,8 @@ FAMILIES: dict[str, Family] = {
     "gpt2": "gpt2",
     "opt": "opt",
 }
+#: Rows of OPT's table of positions before that of the first token.
+OPT_OFFSET = 2
 #: A tensor inside a decoder block: the number of the block, then the name inside it.
 _IN_BLOCK = re.compile(r"(?:.*\.)?(?:layers|h)\.(\d+)\.(.+)\.(weight|bias)")
 _HEADS = ("lm_head.weight",)
@@ -64,6 +66,7 @@ class ModelShape:
         embedding: weights of the token embedding, and of positions where they are learned.
         head: weights of the head; 0 where it is the embedding.
         rest: norms, and biases of any layer.
+        longest: the model's own longest window, tokens; None where the config does not say.
         exact: whether the sizes were read from the weight files, not derived from the config.
     """
 
@@ -81,6 +84,7 @@ class ModelShape:
     embedding: int
     head: int
     rest: int
+    longest: int | None = None
     exact: bool = False
 
     @property
@@ -197,6 +201,7 @@ def _llama(read: _Sizes) -> ModelShape:
         embedding=embedding,
         head=0 if read.flag("tie_word_embeddings") else embedding,
         rest=blocks * (norms + biases) + hidden,
+        longest=read("max_position_embeddings") if "max_position_embeddings" in read.config else None,
     )
 
 
@@ -221,7 +226,7 @@ def _opt(read: _Sizes) -> ModelShape:
     sizes = {f"self_attn.{name}": (hidden, hidden) for name in ("k_proj", "v_proj", "q_proj", "out_proj")}
     sizes |= {"fc1": (ffn, hidden), "fc2": (hidden, ffn)}
     linears = _repeat("model.decoder.layers", blocks, sizes)
-    positions = read("max_position_embeddings") + 2  # OPT's table begins two rows later
+    positions = read("max_position_embeddings") + OPT_OFFSET
     tied = read.flag("tie_word_embeddings", True)
     return _with_biases(read, "opt", heads, ffn, linears, positions, tied=tied)
 
@@ -247,6 +252,7 @@ def _with_biases(
         embedding=(vocabulary + positions) * hidden,
         head=0 if tied else vocabulary * hidden,
         rest=blocks * 4 * hidden + sum(la.out_features for la in linears) + 2 * hidden,
+        longest=positions if family == "gpt2" else positions - OPT_OFFSET,
     )
 
 

@@ -6,12 +6,14 @@ Refuses to compute a byte (memory_plan.py).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from jobs.errors import BadPlan
 from jobs.spec import JobSpec
 
 TeacherPlacement = Literal["resident", "offloaded", "sharded", "cached"]
+EvidenceKind = Literal["bfloat16", "int8"]
+Build = Literal["whole", "blocks"]
 #: Longest window, in tokens, that a job takes without being told (`method.context`).
 DEFAULT_CONTEXT = 2048
 
@@ -43,14 +45,16 @@ class PlanRequest:
     micro_steps: int = 1
     group_size: int = 128
     keep: tuple[str, ...] = ()
-    evidence: Literal["bfloat16", "int8"] = "bfloat16"
+    evidence: EvidenceKind = "bfloat16"
     flip_rate: float = 0.004
     zero_stage: int = 1
     teacher: TeacherPlacement = "resident"
     activation_checkpointing: bool = False
-    build: Literal["whole", "blocks"] = "whole"
+    build: Build = "whole"
 
     def __post_init__(self) -> None:
+        if self.teacher not in get_args(TeacherPlacement):
+            raise BadPlan(f"teacher is {self.teacher!r}", f"legal: {', '.join(get_args(TeacherPlacement))}")
         for name in ("ranks", "micro_batch", "context", "micro_steps", "group_size"):
             if (value := getattr(self, name)) < 1:
                 raise BadPlan(f"{name} is {value}", f"{name} is a whole number of 1 or more")
