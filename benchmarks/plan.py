@@ -8,7 +8,8 @@ there) in fresh processes, one per rank, on one thread each. What is compared is
 Before the models a tiny one trains one step, so that the code and buffers of the libraries, which no plan counts, are
 part of what is subtracted; the row shows how much that is. glibc is told (MALLOC_*_THRESHOLD_) to give every block of
 64 KiB or more back to the kernel as soon as it is freed: the peak is that of living tensors, not of a free list.
-Building and training are measured apart, each beside its own moment of the plan. Linux only.
+Building and training are measured apart, each beside its own moment of the plan. Linux only. The rows also replace the
+table between the markers in docs/plan.md.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +45,8 @@ LIMIT_S = 300
 #: Freed blocks from this size on go back to the kernel at once, bytes.
 RETURN_FROM = "65536"
 MIB = 2**20
+DOCUMENT = Path(__file__).parents[1] / "docs" / "plan.md"
+BEGIN, END = "<!-- validation: begin, by make bench-plan -->", "<!-- validation: end -->"
 
 
 @dataclass(frozen=True)
@@ -191,30 +195,38 @@ def measure(config: Configuration) -> dict[str, int]:
 def row(config: Configuration) -> dict[str, Any]:
     """One configuration, measured and planned, MiB."""
     measured, planned = measure(config), config.planned()
-    build, training = planned.phases[0], planned.training_peak
+    build, training = planned.phases[0].bytes, planned.training_peak.bytes
     return {
         "name": config.name,
-        "ranks": config.ranks,
-        "binary weights": planned.binary_weights,
-        "libraries MiB": round(measured["before"] / MIB, 1),
-        "build planned": round(build.bytes / MIB, 1),
-        "build measured": round(measured["build"] / MIB, 1),
-        "peak at": training.name,
-        "planned MiB": round(training.bytes / MIB, 1),
-        "measured MiB": round(measured["train"] / MIB, 1),
-        "measured / planned": measured["train"] / training.bytes,
-        "build ratio": measured["build"] / build.bytes,
+        "weights": planned.binary_weights,
+        "libraries": round(measured["before"] / MIB),
+        "build": round(build / MIB, 1),
+        "measured build": round(measured["build"] / MIB, 1),
+        "build ratio": round(measured["build"] / build, 3),
+        "peak at": planned.training_peak.name,
+        "peak": round(training / MIB, 1),
+        "measured peak": round(measured["train"] / MIB, 1),
+        "peak ratio": round(measured["train"] / training, 3),
     }
+
+
+def document(rows: Sequence[dict[str, Any]]) -> None:
+    """Put the rows between the markers of docs/plan.md."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(v) for v in r.values()] for r in rows)]
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN, 1)
+    DOCUMENT.write_text(f"{before}{BEGIN}\n{body}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
 
 
 def main() -> None:
     rows = [row(config) for config in CONFIGURATIONS]
     claims = [
-        claim(f"|measured / planned - 1|, {words} of: {r['name']}", abs(r[key] - 1), "share", "<= 0.10")
+        claim(f"{words}, |measured / planned - 1|: {r['name']}", abs(r[key] - 1), "share", "<= 0.10")
         for r in rows
-        for words, key in (("training", "measured / planned"), ("building", "build ratio"))
+        for words, key in (("training", "peak ratio"), ("building", "build ratio"))
     ]
     publish("plan", "make bench-plan", rows, claims)
+    document(rows)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.plan import USABLE, Plan
-from jobs.plan_table import Cell
+from jobs.plan_request import DEFAULT_CONTEXT
+from jobs.plan_table import Cell, cells
 from service.display import duration, number
 
 #: Parts smaller than this share of a moment's bytes are shown as "other".
@@ -99,21 +100,17 @@ def _facts(plan: Plan) -> Iterable[tuple[str, str]]:
             yield "with " + words, gigabytes(size)
 
 
-def fitting_table(cells: Iterable[Cell], context: int) -> Table:
+def print_table(out: Console) -> None:
+    """Known models on known machines, with windows of the longest default."""
+    out.print(fitting_table(cells(DEFAULT_CONTEXT), DEFAULT_CONTEXT))
+
+
+def fitting_table(found: Iterable[Cell], context: int) -> Table:
     """Known models on known machines."""
     table = Table(title=f"GPU memory of one rank, windows of {context} tokens", title_justify="left")
-    for heading, justify in (
-        ("model", "left"),
-        ("machine", "left"),
-        ("defaults", "right"),
-        ("placement", "left"),
-        ("per GPU", "right"),
-        ("of it training", "right"),
-        ("fits", "left"),
-        ("largest part", "left"),
-    ):
-        table.add_column(heading, justify="right" if justify == "right" else "left")
-    for cell in cells:
+    for heading in ("model", "machine", "defaults", "placement", "per GPU", "fits", "peak at", "largest part"):
+        table.add_column(heading, justify="right" if heading in ("defaults", "per GPU") else "left")
+    for cell in found:
         peak = cell.chosen.peak
         table.add_row(
             cell.model,
@@ -121,8 +118,8 @@ def fitting_table(cells: Iterable[Cell], context: int) -> Table:
             gigabytes(cell.default.peak.bytes),
             cell.placement,
             gigabytes(peak.bytes),
-            gigabytes(cell.chosen.memory.training_peak.bytes),
             "yes" if cell.chosen.fits else "no",
+            peak.name,
             peak.largest.replace("_", " "),
         )
     return table

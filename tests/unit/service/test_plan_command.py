@@ -14,7 +14,7 @@ import typer.testing
 
 from jobs.errors import BadPlan
 from service import cli
-from service.plan_command import parse_size
+from service.planning import parse_size
 
 
 @pytest.fixture
