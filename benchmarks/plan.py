@@ -102,6 +102,7 @@ CONFIGURATIONS = (
     Configuration("grouped queries, 2 micro-steps", kv_heads=2, micro_steps=2, blocks=4),
     Configuration("25 M weights, short windows", blocks=8, micro_batch=1, context=64),
     Configuration("int8 evidence, ZeRO 0", evidence="int8", zero_stage=0, blocks=4),
+    Configuration("large embedding, short windows", vocabulary=16_384, tied=False, blocks=2, micro_batch=1, context=16),
     Configuration("2 ranks", ranks=2),
     Configuration("2 ranks, ZeRO 2, 2 micro-steps", ranks=2, zero_stage=2, micro_steps=2, blocks=4, context=128),
     Configuration("2 ranks, 25 M weights, short windows", ranks=2, blocks=8, micro_batch=1, context=64),
