@@ -218,7 +218,9 @@ def _changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
     """Single changes to a request, in words and done."""
     if request.micro_batch > 1:
         half = request.micro_batch // 2
-        yield f"micro-batch {half} instead of {request.micro_batch}", replace(request, micro_batch=half)
+        steps = ceil(request.micro_steps * request.micro_batch / half)
+        smaller = replace(request, micro_batch=half, micro_steps=steps)
+        yield f"micro-batch {half} instead of {request.micro_batch}", smaller
     if not request.activation_checkpointing:
         yield "activation checkpointing", replace(request, activation_checkpointing=True)
     if request.evidence == "bfloat16":

@@ -5,8 +5,8 @@ Refuses to compute a byte (memory_plan.py): it asks for the plans of one placeme
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -77,19 +77,19 @@ class Cell:
     default: Plan
     chosen: Plan
 
-    @property
-    def placement(self) -> str:
-        """What the chosen plan does otherwise than a job with default resources and one window a micro-step."""
-        request = self.chosen.request
-        words = [
-            f"micro-batch {request.micro_batch}" if request.micro_batch > 1 else "",
-            "checkpointing" if request.activation_checkpointing else "",
-            f"ZeRO {request.zero_stage}" if request.zero_stage != 1 else "",
-            f"teacher {request.teacher}" if request.teacher != "resident" else "",
-            "int8 evidence" if request.evidence == "int8" else "",
-            "student by blocks" if request.build == "blocks" else "",
-        ]
-        return ", ".join(w for w in words if w) or "defaults"
+
+def placement(plan: Plan) -> str:
+    """What a plan does otherwise than a job with default resources and one window a micro-step."""
+    request = plan.request
+    words = [
+        f"micro-batch {request.micro_batch}" if request.micro_batch > 1 else "",
+        "checkpointing" if request.activation_checkpointing else "",
+        f"ZeRO {request.zero_stage}" if request.zero_stage != 1 else "",
+        f"teacher {request.teacher}" if request.teacher != "resident" else "",
+        "int8 evidence" if request.evidence == "int8" else "",
+        "student by blocks" if request.build == "blocks" else "",
+    ]
+    return ", ".join(w for w in words if w) or "defaults"
 
 
 def known_shape(name: str) -> ModelShape | None:
@@ -107,37 +107,39 @@ def cells(context: int) -> Iterator[Cell]:
     for name, machine in product(KNOWN_CONFIGS, MACHINES):
         shape = shape_of_config(KNOWN_CONFIGS[name], name)
         default = Plan(shape, PlanRequest(ranks=machine.gpus, context=context), machine.memory)
-        yield Cell(name, machine, default, _first_that_fits(shape, machine, context))
+        yield Cell(name, machine, default, first_that_fits(default, MICRO_BATCHES))
 
 
-def _first_that_fits(shape: ModelShape, machine: Machine, context: int) -> Plan:
-    """Cheapest first: a change costs less the further right it stands in the product. None fits: the smallest."""
-    best: Plan | None = None
-    for request in _placements(machine.gpus, context):
-        plan = Plan(shape, request, machine.memory)
-        if plan.fits:
-            return plan
-        if best is None or plan.peak.bytes < best.peak.bytes:
-            best = plan
-    assert best is not None
+def first_that_fits(base: Plan, micro_batches: Sequence[int]) -> Plan:
+    """The first way to train the same model on the same devices that fits; none does: the one with the least memory.
+
+    Args:
+        base: a plan that knows the device's memory; what the ways below do not name stays as it is there.
+        micro_batches: windows of a micro-step to try, best first.
+    """
+    plans = (replace(base, request=request) for request in _placements(base.request, micro_batches))
+    best = next(plans)
+    for plan in plans:
+        if best.fits:
+            break
+        best = plan if plan.fits or plan.peak.bytes < best.peak.bytes else best
     return best
 
 
-def _placements(ranks: int, context: int) -> Iterator[PlanRequest]:
-    """Ways to train, from the fastest to the one with the least memory."""
-    several = ranks > 1
+def _placements(base: PlanRequest, micro_batches: Sequence[int]) -> Iterator[PlanRequest]:
+    """Ways to train, cheapest first: a change costs less the further right it stands in the product."""
+    several = base.ranks > 1
     for build, teacher, evidence, zero_stage, again, micro_batch in product(
         BUILDS,
         TEACHERS if several else TEACHERS_OF_ONE,
         EVIDENCE,
         (1, 3) if several else (1,),
         (False, True),
-        MICRO_BATCHES,
+        micro_batches,
     ):
-        yield PlanRequest(
-            ranks=ranks,
+        yield replace(
+            base,
             micro_batch=micro_batch,
-            context=context,
             evidence=evidence,
             zero_stage=zero_stage,
             teacher=teacher,

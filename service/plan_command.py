@@ -56,19 +56,8 @@ def plan(  # noqa: PLR0913 (the options of a command)
         print_table(console())
         return
     named = SpecOptions(file=spec, model=model, tokens=tokens, gpus=gpus, settings=tuple(settings or ()))
-    options = PlanOptions(
-        named,
-        device,
-        gpu_memory,
-        zero_stage,
-        teacher,
-        checkpointing,
-        by_blocks,
-        tokens_per_s,
-        report,
-        flops_per_s,
-        utilization,
-    )
+    changes = (zero_stage, teacher, checkpointing, by_blocks)
+    options = PlanOptions(named, device, gpu_memory, *changes, tokens_per_s, report, flops_per_s, utilization)
     try:
         made = make_plan(options)
     except (SpecInputError, InvalidSpec) as error:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from jobs.plan import USABLE, Plan
 from jobs.plan_request import DEFAULT_CONTEXT
-from jobs.plan_table import Cell, cells
+from jobs.plan_table import Cell, cells, first_that_fits, placement
 from service.display import duration, number
 
 #: Parts smaller than this share of a moment's bytes are shown as "other".
@@ -26,13 +26,15 @@ def gigabytes(size: float) -> str:
 
 def print_plan(plan: Plan, out: Console) -> None:
     """Memory, traffic, time and what would help."""
-    memory, request = plan.memory, plan.request
+    request = plan.request
     source = "weight files" if plan.shape.exact else "config"
     out.print(
-        f"{plan.shape.name}: {number(plan.shape.parameters)} parameters, {number(memory.binary_weights)} of them binary"
-        f" (sizes from the {source})\n{request.ranks} {'ranks' if request.ranks > 1 else 'rank'}, {request.micro_steps}"
-        f" micro-steps of {request.micro_batch} × {request.context} tokens each, ZeRO {request.zero_stage},"
-        f" teacher {request.teacher}"
+        f"{plan.shape.name}: {number(plan.shape.parameters)} parameters, {number(plan.memory.binary_weights)} of them "
+        f"binary (sizes from the {source})"
+    )
+    out.print(
+        f"ranks {request.ranks}, micro-steps {request.micro_steps} of {request.micro_batch} × {request.context} tokens, "
+        f"ZeRO {request.zero_stage}, teacher {request.teacher}"
     )
     out.print(peak_table(plan))
     out.print(phase_table(plan))
@@ -98,6 +100,9 @@ def _facts(plan: Plan) -> Iterable[tuple[str, str]]:
     if not plan.fits:
         for words, size in plan.suggestions():
             yield "with " + words, gigabytes(size)
+    if plan.fits is False:
+        other = first_that_fits(plan, [plan.request.micro_batch, 1] if plan.request.micro_batch > 1 else [1])
+        yield ("fits as" if other.fits else "least of all ways"), f"{gigabytes(other.peak.bytes)}: {placement(other)}"
 
 
 def print_table(out: Console) -> None:
@@ -116,7 +121,7 @@ def fitting_table(found: Iterable[Cell], context: int) -> Table:
             cell.model,
             cell.machine.name,
             gigabytes(cell.default.peak.bytes),
-            cell.placement,
+            placement(cell.chosen),
             gigabytes(peak.bytes),
             "yes" if cell.chosen.fits else "no",
             peak.name,

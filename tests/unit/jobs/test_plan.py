@@ -11,7 +11,7 @@ import pytest
 from jobs.errors import BadPlan
 from jobs.plan import USABLE, Plan, Speed, derived_speed, speed_from_report
 from jobs.plan_request import PlanRequest, request_from_spec
-from jobs.plan_table import GB, cells, known_shape
+from jobs.plan_table import GB, cells, first_that_fits, known_shape, placement
 from jobs.spec import JobSpec
 
 
@@ -143,4 +143,24 @@ def test_the_table_never_calls_a_plan_fitting_that_does_not_fit() -> None:
 
 def test_the_table_changes_nothing_where_the_defaults_fit() -> None:
     smallest = next(iter(cells(2048)))
-    assert smallest.default.fits and smallest.placement in ("defaults", "micro-batch 2", "micro-batch 4")
+    assert smallest.default.fits and placement(smallest.chosen) in ("defaults", "micro-batch 2", "micro-batch 4")
+
+
+def test_the_first_way_that_fits_changes_what_it_must_and_keeps_the_rest() -> None:
+    base = plan("1.7B", 24 * GB, group_size=64)
+    found = first_that_fits(base, [1])
+    assert base.fits is False and found.fits and found.request.group_size == 64
+    assert replace(found.request, activation_checkpointing=False) == base.request
+
+
+def test_where_nothing_fits_the_way_with_the_least_memory_is_told() -> None:
+    base = plan("70B", 24 * GB)
+    found = first_that_fits(base, [1])
+    assert found.fits is False and found.peak.bytes < base.peak.bytes / 2
+    assert found.request.evidence == "int8"
+
+
+def test_a_smaller_micro_batch_makes_more_micro_steps() -> None:
+    made = plan("8B", micro_batch=4, context=2048)
+    halved = plan("8B", micro_batch=2, micro_steps=2, context=2048)
+    assert ("micro-batch 2 instead of 4", halved.peak.bytes) in made.suggestions()

@@ -34,6 +34,11 @@ def test_a_plan_that_does_not_fit_says_what_would_help(plan: Callable[..., Any])
     assert "no: " in shown and "with activation checkpointing" in shown and "with teacher offloaded" in shown
 
 
+def test_a_plan_that_does_not_fit_names_a_way_that_does(plan: Callable[..., Any]) -> None:
+    assert "fits as" in plan("1.7B", "--gpu-memory", "24GB").stdout
+    assert "least of all ways" in plan("70B", "--gpu-memory", "24GB").stdout
+
+
 def test_options_replace_what_the_spec_file_says(plan: Callable[..., Any], tmp_path: Path) -> None:
     spec = {"model": "0.6B", "data": [{"source": "builtin:python-docs"}], "method": {"evidence": "int8"}}
     (tmp_path / "spec.json").write_text(json.dumps(spec))
