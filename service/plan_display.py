@@ -33,8 +33,8 @@ def print_plan(plan: Plan, out: Console) -> None:
         f"binary (sizes from the {source})"
     )
     out.print(
-        f"ranks {request.ranks}, micro-steps {request.micro_steps} of {request.micro_batch} × {request.context} tokens, "
-        f"ZeRO {request.zero_stage}, teacher {request.teacher}"
+        f"ranks {request.ranks}, micro-steps {request.micro_steps} of {request.micro_batch} × {request.context} tokens,"
+        f" ZeRO {request.zero_stage}, teacher {request.teacher}"
     )
     out.print(peak_table(plan))
     out.print(phase_table(plan))
