@@ -5,9 +5,11 @@ Refuses to decide what a caller does about one: HTTP statuses are the service's,
     JobsError
     ├── SubmitError                 the request itself was refused
     │   ├── IdempotencyMismatch     same key, other body
-    │   └── NotEnoughDevices        more devices than this server has
+    │   ├── NotEnoughDevices        more devices than this server has
+    │   └── BadPlan                 a plan was asked for with numbers that cannot be
     ├── SourceError                 a model or data source was refused
     │   ├── UnknownModel            nothing there, or not a model
+    │   ├── UnknownShape            the config does not tell the sizes that a plan needs
     │   ├── UnknownData             nothing there
     │   ├── PathNotAllowed          outside the allowed roots
     │   ├── OwnerNotAllowed         hub owner not on the list
@@ -89,6 +91,12 @@ class NotEnoughDevices(SubmitError):
         self.available = available
 
 
+class BadPlan(SubmitError):
+    """A plan was asked for with a number or a combination that cannot be."""
+
+    code = "bad_plan"
+
+
 class SourceError(JobsError):
     """A model or data source that may not or cannot be used."""
 
@@ -99,6 +107,12 @@ class UnknownModel(SourceError):
     """No model of that name or at that path."""
 
     code = "unknown_model"
+
+
+class UnknownShape(SourceError):
+    """The model's config does not tell the sizes that a plan needs."""
+
+    code = "unknown_shape"
 
 
 class UnknownData(SourceError):

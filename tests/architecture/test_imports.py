@@ -52,6 +52,7 @@ def test_the_import_contracts_are_kept() -> None:
         "jobs.store",
         "jobs.executors.local",
         "jobs.spec",
+        "jobs.plan",
     ],
 )
 def test_server_and_runner_load_nothing_heavy(module: str) -> None:
