@@ -25,6 +25,7 @@ from torch.multiprocessing.spawn import spawn
 
 from benchmarks.record import Claim, claim, publish
 from benchmarks.scaling.cases import SHAPES, Case
+from benchmarks.scaling.loading import compare
 from jobs.process import free_port
 
 #: Repeats of the timed cases; one and two ranks take turns.
@@ -64,7 +65,7 @@ def state(rows: list[dict[str, Any]], claims: list[Claim]) -> None:
     """Bytes between two steps, and bytes sent, for 1, 2 and 4 ranks."""
     for evidence in ("bfloat16", "int8"):
         for size in (1, 2, 4):
-            case = replace(TIMED, context=32, windows=4, steps=1, evidence=evidence)
+            case = replace(TIMED, windows=4, steps=1, evidence=evidence)
             ranks = run(case, size)
             held = max((per_weight(found) for found in ranks), key=lambda kinds: sum(kinds.values()))
             whole, bar = sum(held.values()), 1 / 8 + (2 if evidence == "bfloat16" else 1.0625) / size
@@ -121,6 +122,16 @@ def row(method: str, ranks: int, **values: Any) -> dict[str, Any]:
     """A row with every column."""
     columns = ("evidence", "state", "wire", "extra_gradients", "step_s", "flips_share")
     return {"method": method, "ranks": ranks} | {name: values.get(name, "") for name in columns}
+
+
+def loading(rows: list[dict[str, Any]], claims: list[Claim]) -> None:
+    """Host memory that it takes to make a model on disk binary."""
+    found = compare()
+    for way in ("whole", "blocks"):
+        rows.append(row(f"loading and converting, {way}", 1))
+        rows[-1]["peak_of_model"] = found[way] / found["size"]
+    share = found["blocks"] / found["size"]
+    claims.append(claim("converting block by block, peak host memory", share, "of the model's bytes", "<= 1"))
 
 
 def reductions(rows: list[dict[str, Any]]) -> None:
@@ -187,6 +198,7 @@ def main() -> None:
     claims: list[Claim] = []
     state(rows, claims)
     speed(rows, claims)
+    loading(rows, claims)
     reductions(rows)
     if torch.cuda.is_available():
         gpu(rows, claims)
