@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,14 +146,17 @@ def _rank_file(rank: int) -> str:
 
 def _await_ranks(parts: Path, size: int) -> None:
     """Until every rank has written its file and hash."""
-    limit = time.monotonic() + PEERS_S
-    while missing := [rank for rank in range(size) if not (parts / f"rank-{rank}.json").is_file()]:
-        if time.monotonic() > limit:
-            raise CheckpointError(
-                f"rank {missing[0]} has not written its part of {parts.name} within {PEERS_S:.0f} s",
-                "all ranks must see the job's folder; see the rank's log",
-            )
-        time.sleep(LOOK_S)
+    never = threading.Event()
+    missing = list(range(size))
+    for _ in range(round(PEERS_S / LOOK_S)):
+        missing = [rank for rank in missing if not (parts / f"rank-{rank}.json").is_file()]
+        if not missing:
+            return
+        never.wait(LOOK_S)
+    raise CheckpointError(
+        f"rank {missing[0]} has not written its part of {parts.name} within {PEERS_S:.0f} s",
+        "all ranks must see the job's folder; see the rank's log",
+    )
 
 
 def _complete(parts: Path, final: Path, facts: dict[str, Any]) -> None:
@@ -168,8 +170,11 @@ def _complete(parts: Path, final: Path, facts: dict[str, Any]) -> None:
 
 
 def _prune(folder: Path, newest: Path) -> None:
-    for old in sorted(folder.glob("step-*"))[:-KEEP]:
-        shutil.rmtree(old)
+    """Keep the newest and those before it; later ones are damaged: the run went back behind them."""
+    found = sorted(folder.glob("step-*"))
+    kept = [checkpoint for checkpoint in found if checkpoint.name <= newest.name][-KEEP:]
+    for other in set(found) - set(kept):
+        shutil.rmtree(other)
     for left in folder.glob(".step-*"):  # of a full disk; another rank may have begun the next one
         if left.name < f".{newest.name}":
             shutil.rmtree(left, ignore_errors=True)

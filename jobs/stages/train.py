@@ -126,7 +126,7 @@ def _steps(space: Workspace, run: Run, start: int, checkpoints: Path) -> None:
         journal.tell(metrics)
         stop = bool(run.gang.max(torch.tensor([float(space.stop.asked)], device=space.device)) > 0)
         if done < space.steps and (stop or done % space.spec.checkpoint_every == 0):
-            writer.save(done, run.engine, run.kbop)
+            writer.save(done, run.engine, run.kbop, run.layout.windows)
         if stop and done < space.steps:
             writer.wait()
             raise StopAsked
