@@ -40,6 +40,14 @@ def test_the_exact_run_really_kept_its_scales_at_one(outcome: Outcome) -> None:
     assert all(bool((scale == 1).all()) for scale in outcome(2, "dyadic_engine", 1)["scales"])
 
 
+def test_two_micro_steps_of_one_window_flip_the_same_signs_as_one_of_two(outcome: Outcome) -> None:
+    once, twice = outcome(1, "accumulated", 0)[1], outcome(1, "accumulated", 0)[2]
+    assert twice["flips"] == once["flips"]
+    assert all(differing(a, b) == [] for a, b in zip(twice["bits"], once["bits"], strict=True))
+    assert differing(twice["rows"], once["rows"]) == []  # mean squares: the gradients had the same size, too
+    assert all(sum(flips.values()) > 0 for flips in once["flips"])
+
+
 # -- resuming ---------------------------------------------------------------------------------------------------------
 
 
