@@ -23,6 +23,13 @@ def test_no_rank_holds_more_than_a_block(total: int, size: int) -> None:
     assert gangs[0].block(total) * size >= total
 
 
+@pytest.mark.parametrize("wire", [torch.float32, torch.bfloat16])
+def test_at_one_rank_no_gradient_is_rounded_to_the_wire(wire: torch.dtype) -> None:
+    fine = torch.full((3, 2), 1 + 2.0**-20)
+    assert Gang().wire == torch.bfloat16
+    assert torch.equal(Gang(wire=wire).reduce_scatter_rows(fine)(), fine)
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (1, 1), (5, 9)])
 def test_one_rank_gets_back_what_it_gives(shape: tuple[int, int]) -> None:
     gang, tensor = Gang(), torch.randn(shape)

@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training: by a thread, by several ranks (here one after the other), and when it fails."""
+"""Checkpoints written beside the training: by a thread, by several ranks (here in turn), and when that fails."""
 
 from __future__ import annotations
 
