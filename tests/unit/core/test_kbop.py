@@ -17,7 +17,6 @@ from kbop_core.evidence import EvidenceKind
 from kbop_core.kbop import KBOP, MIRROR
 from kbop_core.layers import BinaryLinear
 from kbop_core.schedules import FlipSchedule, MomentumSchedule
-from kbop_core.shard import Gang
 from kbop_core.slices import SliceReader, write_slices
 
 Matrix = NDArray[np.float64]
@@ -323,18 +322,6 @@ def test_two_micro_steps_are_one_step_of_their_sum(kind: EvidenceKind) -> None:
     assert accumulated.step().flips == once.step().flips != {"a": 0}
     held, expected = ({n: p.rows for n, p in k.state().items()} for k in (accumulated, once))
     assert all(torch.equal(held[name], tensor) for name, tensor in expected.items())  # bits among them
-
-
-def test_at_one_rank_the_dtype_of_the_wire_changes_nothing() -> None:
-    layers = [make_layer(5, 40), make_layer(5, 40)]
-    wires = [torch.bfloat16, torch.float32]
-    optimizers = [make_kbop({"a": la}, gang=Gang(wire=w)) for la, w in zip(layers, wires, strict=True)]
-    for gradient in torch.randn(6, 5, 40, generator=torch.Generator().manual_seed(0)):
-        for layer in layers:
-            give(layer, gradient)
-        assert optimizers[0].step().flips == optimizers[1].step().flips
-    rough, fine = (kbop.state() for kbop in optimizers)
-    assert all(torch.equal(rough[name].rows, piece.rows) for name, piece in fine.items())
 
 
 def test_backward_through_a_layer_reaches_the_optimizer() -> None:
