@@ -74,7 +74,7 @@ def run_of(learner: Callable) -> Callable[..., Run]:
 def test_running_out_of_memory_is_named_wherever_in_a_step_it_happens(
     part: str, error: Exception, run_of: Callable[..., Run]
 ) -> None:
-    with pytest.raises(OutOfMemory, match="a micro-step of 4 windows does not fit into memory: .") as caught:
+    with pytest.raises(OutOfMemory, match=r"a micro-step of 4 windows does not fit into memory: .") as caught:
         next(train(run_of(part, error), range(5)))
     assert caught.value.__cause__ is error and "\n" not in caught.value.message
 

@@ -34,7 +34,7 @@ BASE: dict[str, Any] = {"model": "builtin:demo", "data": [{"source": "builtin:py
             {"method": QUICK, "resources": {"activation_checkpointing": True}},
             r"activation_checkpointing has no effect with effort 'quick' \(no training\)",
         ),
-        ({"resources": {"teacher": "sharded"}}, "divides the teacher over ranks: use more gpus, or 'offloaded'"),
+        ({"resources": {"teacher": "sharded"}}, r"divides the teacher over ranks: use more gpus, or 'offloaded'"),
     ],
 )
 def test_a_setting_that_cannot_take_effect_is_refused(changes: dict[str, Any], says: str) -> None:
