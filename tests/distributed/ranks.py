@@ -23,7 +23,16 @@ import torch
 from kbop_core.engine import gang_of_ranks
 
 EVERY = ("collectives", "small_layers", "moved_flips", "quality", "init", "blockwise", "resume", "moved_state")
-MOST = ("exact_flips", "exact_int8_flips", "dyadic_engine", "zero_stages", "partitioned", "nan_norm", "recompute")
+MOST = (
+    "exact_flips",
+    "exact_int8_flips",
+    "dyadic_engine",
+    "zero_stages",
+    "partitioned",
+    "nan_norm",
+    "recompute",
+    "half_precision",
+)
 #: Number of ranks → scenarios they run, in this order; two ranks first, one goes on with their state, then three do.
 SCENARIOS = {
     2: (*EVERY, *MOST, "overlap", "nan_gradient", "missing_gradient", "nan_loss", "teachers"),

@@ -254,20 +254,32 @@ def recompute(gang: Gang, folder: Path) -> dict[int, list[Any]]:
     return found
 
 
-def partitioned(gang: Gang, folder: Path) -> dict[str, Any]:
-    """ZeRO stage 3 that keeps no parameter whole, as with large ones; saved, loaded, and gone on with."""
+@contextmanager
+def deepspeed_told(part: str, **settings: Any) -> Iterator[None]:
+    """Within the block, engines get these settings in a part of DeepSpeed's configuration."""
     usual = EngineConfig.to_deepspeed
 
     def to_deepspeed(config: EngineConfig) -> dict[str, Any]:
-        settings = usual(config)
-        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        return settings
+        told = usual(config)
+        return told | {part: told[part] | settings}
 
     EngineConfig.to_deepspeed = to_deepspeed  # type: ignore[method-assign]
     try:
-        return resume(gang, folder, replace(CONFIG, zero_stage=3), "partitioned")
+        yield
     finally:
         EngineConfig.to_deepspeed = usual  # type: ignore[method-assign]
+
+
+def partitioned(gang: Gang, folder: Path) -> dict[str, Any]:
+    """ZeRO stage 3 that keeps no parameter whole, as with large ones; saved, loaded, and gone on with."""
+    with deepspeed_told("zero_optimization", stage3_param_persistence_threshold=0):
+        return resume(gang, folder, replace(CONFIG, zero_stage=3), "partitioned")
+
+
+def half_precision(gang: Gang, folder: Path) -> dict[int, dict[str, Any]]:
+    """The full-precision side in bfloat16 with float32 masters, as on GPUs, for every ZeRO stage."""
+    with deepspeed_told("bf16", enabled=True):
+        return {stage: resume(gang, folder, replace(CONFIG, zero_stage=stage), f"half-{stage}") for stage in range(4)}
 
 
 def teachers(gang: Gang, folder: Path) -> dict[str, list[float]]:
@@ -310,6 +322,7 @@ SCENARIOS = {
         moved_state,
         recompute,
         partitioned,
+        half_precision,
         teachers,
     )
 }

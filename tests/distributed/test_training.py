@@ -243,6 +243,23 @@ def test_resuming_is_exact_where_no_rank_keeps_a_whole_parameter(size: int, outc
         assert found["resumed_losses"] == found["losses"][3:]
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2])
+def test_resuming_is_exact_in_bfloat16_with_every_zero_stage(stage: int, size: int, outcome: Outcome) -> None:
+    for rank in range(size):
+        found = outcome(size, "half_precision", rank)[stage]
+        assert differing(found["loaded"], found["saved"]) == []
+        assert differing(found["resumed"], found["went_on"]) == []
+        assert found["resumed_losses"] == found["losses"][3:]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("size", [1, 2])
+def test_in_bfloat16_too_the_zero_stage_changes_nothing_but_roundings(stage: int, size: int, outcome: Outcome) -> None:
+    runs = outcome(size, "half_precision", 0)
+    assert runs[stage]["losses"] == pytest.approx(runs[1]["losses"], rel=0.01)
+
+
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
