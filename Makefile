@@ -11,7 +11,7 @@ TOKENS ?= 400000
 SUITE ?= short
 export DS_BUILD_OPS := 0
 
-.PHONY: help demo test lint format bench bench-step bench-init bench-quality bench-super-resolution serve lock teacher clean
+.PHONY: help demo test lint format bench bench-step bench-init bench-plan bench-quality bench-super-resolution serve lock teacher clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,13 +43,16 @@ format: $(VENV)/.dev  ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: bench-step bench-init bench-quality bench-super-resolution  ## every benchmark
+bench: bench-step bench-init bench-plan bench-quality bench-super-resolution  ## every benchmark
 
 bench-step: $(VENV)/.worker  ## cost and memory of a training step beside latent weights + AdamW
 	$(BIN)/python -m benchmarks.step
 
 bench-init: $(VENV)/.worker  ## BNN Init: perplexity and time beside plain binarization
 	$(BIN)/python -m benchmarks.init
+
+bench-plan: $(VENV)/.worker  ## memory that kbop plan foretells beside what ranks take
+	$(BIN)/python -m benchmarks.plan
 
 bench-quality: $(VENV)/.worker  ## perplexity per bit beside every peer; resumable; SUITE="short medium seeds ablations long"
 	$(BIN)/python -m benchmarks.quality $(SUITE)

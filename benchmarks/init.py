@@ -14,11 +14,12 @@ import torch
 
 from benchmarks.record import claim, publish, shared_data
 from kbop_core.convert import convert_plain, plan_conversion
+from kbop_core.documents import read_documents
 from kbop_core.hf import load_model, load_tokenizer
 from kbop_core.init.fit import FitEffort
 from kbop_core.init.pretrained import InitEffort, pretrained_init
 from kbop_core.perplexity import evaluate
-from kbop_core.text import WindowOrder, evaluation_windows, read_documents, training_windows
+from kbop_core.text import WindowOrder, evaluation_windows, training_windows
 
 CONTEXT, WINDOWS, HELD_OUT, GROUP, DRAWS = 256, 64, 150, 64, 3
 

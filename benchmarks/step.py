@@ -26,6 +26,7 @@ from kbop_core.distill import distillation_loss, teacher_logits
 from kbop_core.engine import Engine, EngineConfig, gang_of_ranks
 from kbop_core.loop import TrainConfig, layout_steps, start_run, train
 from kbop_core.shard import Gang
+from kbop_core.window_source import WindowsInMemory
 
 STEPS, WARMUP = 20, 4
 
@@ -76,7 +77,8 @@ def kbop(shape: Shape, teacher: LlamaForCausalLM, ids: torch.Tensor, gang: Gang)
     plan = plan_conversion(student, 128)
     convert_plain(student, plan, trainable=True)
     layout = layout_steps(shape.context * shape.windows, shape.context, 1, shape.windows)
-    run = start_run(student, teacher, ids, TrainConfig(steps=10 * STEPS), layout, gang)
+    windows = WindowsInMemory(ids, seed=0)
+    run = start_run(student, teacher, windows, TrainConfig(steps=10 * STEPS), layout, gang)
     steps = train(run, range(10 * STEPS))
     return Method("KBOP", lambda: next(steps), lambda: run.kbop.state_bytes() / plan.weights)
 

@@ -5,9 +5,11 @@ Refuses to decide what a caller does about one: HTTP statuses are the service's,
     JobsError
     ├── SubmitError                 the request itself was refused
     │   ├── IdempotencyMismatch     same key, other body
-    │   └── NotEnoughDevices        more devices than this server has
+    │   ├── NotEnoughDevices        more devices than this server has
+    │   └── BadPlan                 a plan was asked for with numbers that cannot be
     ├── SourceError                 a model or data source was refused
     │   ├── UnknownModel            nothing there, or not a model
+    │   ├── UnknownShape            the config does not tell the sizes that a plan needs
     │   ├── UnknownData             nothing there
     │   ├── PathNotAllowed          outside the allowed roots
     │   ├── OwnerNotAllowed         hub owner not on the list
@@ -29,6 +31,12 @@ Refuses to decide what a caller does about one: HTTP statuses are the service's,
     │   ├── HashMismatch            the bytes are not those that were announced
     │   ├── BadManifest             manifest.json of a checkpoint is missing or wrong
     │   └── BlobMissing             a recorded artifact whose bytes are gone
+    ├── ClusterError                nodes of jobs that run on several
+    │   ├── BadHostfile             the host list is not one
+    │   ├── NodeUnreachable         nothing could be started there
+    │   ├── FolderNotShared         the job's folder is not there
+    │   ├── NodeStartFailed         the ranks could not be started there
+    │   └── NodeLost                its agent or the connection to it is gone
     ├── StoreUnavailable            the database does not answer
     ├── SchemaMismatch              the database has another version than this program
     └── SchedulerRunning            another scheduler owns this data directory
@@ -83,6 +91,12 @@ class NotEnoughDevices(SubmitError):
         self.available = available
 
 
+class BadPlan(SubmitError):
+    """A plan was asked for with a number or a combination that cannot be."""
+
+    code = "bad_plan"
+
+
 class SourceError(JobsError):
     """A model or data source that may not or cannot be used."""
 
@@ -93,6 +107,12 @@ class UnknownModel(SourceError):
     """No model of that name or at that path."""
 
     code = "unknown_model"
+
+
+class UnknownShape(SourceError):
+    """The model's config does not tell the sizes that a plan needs."""
+
+    code = "unknown_shape"
 
 
 class UnknownData(SourceError):
@@ -259,6 +279,68 @@ class BlobMissing(StorageError):
             f"the artifact folder has no file with sha256 {sha256}",
             "restore the artifact folder from a backup",
         )
+
+
+class ClusterError(JobsError):
+    """Nodes that jobs should run on are not what they should be. `node` is the name of the one at fault, if any."""
+
+    code = "cluster_error"
+    node = ""
+
+
+class BadHostfile(ClusterError):
+    """The host list cannot be read or has a line that is no node."""
+
+    code = "bad_hostfile"
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"the host list {path} {reason}", "write a line `name slots=N` for each node")
+
+
+class NodeUnreachable(ClusterError):
+    """The agent did not come up on a node: no connection, no interpreter, or no kbop in it."""
+
+    code = "node_unreachable"
+
+    def __init__(self, node: str, command: str, reason: str) -> None:
+        super().__init__(
+            f"node {node!r} cannot be used: `{command}` {reason}",
+            "run that command by hand: it must log in without asking, and find the same kbop there (KBOP_NODE_PYTHON)",
+        )
+        self.node = node
+
+
+class FolderNotShared(ClusterError):
+    """A node does not see the job's folder."""
+
+    code = "folder_not_shared"
+
+    def __init__(self, node: str, path: str) -> None:
+        super().__init__(
+            f"node {node!r} has no folder {path}",
+            "mount the data directory (KBOP_DATA_DIR) at the same path on every node",
+        )
+        self.node = node
+
+
+class NodeStartFailed(ClusterError):
+    """The agent could not start the ranks of its node."""
+
+    code = "node_start_failed"
+
+    def __init__(self, node: str, reason: str) -> None:
+        super().__init__(f"node {node!r} could not start its ranks: {reason}", "see the node's log in the attempt")
+        self.node = node
+
+
+class NodeLost(ClusterError):
+    """A node stopped answering while its ranks ran; the ranks there end by themselves, those elsewhere are killed."""
+
+    code = "node_lost"
+
+    def __init__(self, node: str, reason: str) -> None:
+        super().__init__(f"node {node!r} is lost: {reason}", "see that it and the network to it are up")
+        self.node = node
 
 
 class StoreUnavailable(JobsError):

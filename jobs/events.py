@@ -6,7 +6,7 @@ Refuses to trust it: rank 0 may die in the middle of a line, and what a line say
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,12 +114,18 @@ def progress_of(event: NewEvent) -> dict[str, Any] | None:
 
 
 class EventForwarder:
-    """Carries an attempt's events from the file to the store; keeps what the store could not take yet."""
+    """Carries an attempt's events from the file to the store; keeps what the store could not take yet.
 
-    def __init__(self, store: Store, lease: Lease, path: Path) -> None:
+    `on_event` is told of each when it is read, before it is stored.
+    """
+
+    def __init__(
+        self, store: Store, lease: Lease, path: Path, on_event: Callable[[NewEvent], None] = lambda event: None
+    ) -> None:
         self._store = store
         self._lease = lease
         self._tail = EventTail(path)
+        self._on_event = on_event
         self._pending: list[NewEvent] = []
         self._status = JobStatus.PREPARING
 
@@ -128,7 +134,9 @@ class EventForwarder:
 
         Raises LeaseLost.
         """
-        self._pending += self._tail.read()
+        for event in self._tail.read():
+            self._on_event(event)
+            self._pending.append(event)
         for batch in list(batches(self._pending, self._status)):
             try:
                 self._store.append(

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import BadManifest, HashMismatch, JobsError
+from jobs.errors import BadManifest, ClusterError, HashMismatch, JobsError
 from jobs.json_files import read_json
-from jobs.layout import rank_log
+from jobs.layout import node_log, rank_log
 from jobs.records import INTERRUPTED, Failure
+from jobs.watchdog import Stall
 
 LOG_TAIL_LINES = 40
 _LOG_TAIL_BYTES = 16_384
@@ -25,15 +26,33 @@ EXIT_STOPPED = 75
 
 @dataclass(frozen=True)
 class GangEnd:
-    """How the ranks ended: exit code by rank, and the ranks that failed first (empty: none did by itself)."""
+    """How the ranks ended.
 
-    exit_codes: tuple[int, ...]
+    Attributes:
+        exit_codes: By rank; empty when they were never started or nobody could tell.
+        first_failed: Ranks that failed first; empty: none did by itself.
+        stall: Why they were ended although none had failed: no progress.
+        lost: The node because of which they were never started, or ended.
+    """
+
+    exit_codes: tuple[int, ...] = ()
     first_failed: tuple[int, ...] = ()
+    stall: Stall | None = None
+    lost: ClusterError | None = None
 
     @property
     def succeeded(self) -> bool:
         """Every rank finished every stage."""
-        return all(code == 0 for code in self.exit_codes)
+        return bool(self.exit_codes) and all(code == 0 for code in self.exit_codes)
+
+
+def failure_of(end: GangEnd, attempt_dir: Path) -> Failure:
+    """Why an attempt whose ranks did not finish every stage, and that nobody cancelled, ended."""
+    if end.lost is not None:
+        return failure_of_node(end.lost, attempt_dir)
+    if end.first_failed:
+        return failure_of_ranks(end, attempt_dir)
+    return interrupted() if end.stall is None else stalled(end.stall, attempt_dir)
 
 
 def failure_of_ranks(end: GangEnd, attempt_dir: Path) -> Failure:
@@ -81,6 +100,20 @@ def failure_from_json(data: dict[str, Any] | None) -> Failure | None:
         origin="user" if data.get("origin") == "user" else "system",
         log_tail=str(data.get("log_tail") or ""),
     )
+
+
+def stalled(stall: Stall, attempt_dir: Path) -> Failure:
+    """Ranks that ran without getting anywhere."""
+    where = f"in stage {stall.stage}" if stall.stage else "before the first stage"
+    message = f"no progress for {stall.seconds:.0f} s {where} (allowed: {stall.limit_s:.0f} s)"
+    hint = "see log_tail for what rank 0 was doing; a server whose stages are only slow wants a larger KBOP_WATCHDOG_S"
+    return Failure("stalled", message, hint, log_tail=log_tail(rank_log(attempt_dir, 0)))
+
+
+def failure_of_node(error: ClusterError, attempt_dir: Path) -> Failure:
+    """A node that could not start its ranks, or is gone; another attempt may find it well."""
+    tail = log_tail(node_log(attempt_dir, error.node)) if error.node else ""
+    return Failure(error.code, error.message, error.hint, log_tail=tail)
 
 
 def failure_of_publishing(error: JobsError) -> Failure:

@@ -15,10 +15,12 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, Select, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, Select, delete, func, insert, or_, select, update
 
 from jobs.errors import IllegalTransition, LeaseLost
+from jobs.nodes import choose_devices
 from jobs.records import (
+    OUT_OF_MEMORY,
     TRANSITIONS,
     ArtifactRecord,
     Failure,
@@ -29,6 +31,9 @@ from jobs.records import (
     NewEvent,
 )
 from jobs.schema import allocations, artifacts, attempts, events, jobs, to_lease
+
+#: Attempts that may run out of memory before that counts: halving the largest micro-batch (4096) gives 1 after 12.
+MOST_HALVINGS = 12
 
 _NO_LEASE: dict[str, Any] = {"lease_owner": None, "lease_token": None, "lease_expires_at": None}
 
@@ -87,7 +92,7 @@ def claim(connection: Connection, owner: str, devices: Sequence[str], now: float
             reason = f"needs {_devices(needed)}, {len(free)} of {len(devices)} free"
             ahead = row
         else:
-            return _start_attempt(connection, row, owner, free[:needed], now, lease_s)
+            return _start_attempt(connection, row, owner, choose_devices(free, needed), now, lease_s)
         if reason != row["waiting_reason"]:
             connection.execute(update(jobs).where(jobs.c.id == row["id"]).values(waiting_reason=reason))
     return None
@@ -271,14 +276,23 @@ def fail(
     actor: str,
 ) -> JobStatus:
     """End the attempt with a failure; see `jobs.store.Store.fail`."""
-    of_job = (attempts.c.job_id == lease.job_id) & (attempts.c.outcome == JobStatus.RETRYING) & attempts.c.counts
-    failed = connection.execute(select(func.count()).select_from(attempts).where(of_job)).scalar_one()
-    end = AttemptEnd(JobStatus.FAILED, failure.as_dict(), actor=actor, reason=failure.message, counts=failure.counts)
-    if failure.may_retry and not failure.counts:
+    failed = _retried(connection, lease.job_id, attempts.c.counts)
+    counts = failure.counts
+    if failure.code == OUT_OF_MEMORY and not counts:  # ranks that forget to halve must not go on for ever
+        same = attempts.c.error["code"].as_string() == OUT_OF_MEMORY
+        counts = _retried(connection, lease.job_id, same) >= MOST_HALVINGS
+    end = AttemptEnd(JobStatus.FAILED, failure.as_dict(), actor=actor, reason=failure.message, counts=counts)
+    if failure.may_retry and not counts:
         end = replace(end, status=JobStatus.RETRYING, retry_at=now)
     elif failure.may_retry and failed + 1 < max_attempts:
         end = replace(end, status=JobStatus.RETRYING, retry_at=now + retry_delay_s * 2**failed)
     return finish(connection, lease, end, now)
+
+
+def _retried(connection: Connection, job_id: str, which: ColumnElement[bool]) -> int:
+    """How many earlier attempts of a job were followed by another and are `which`."""
+    rows = (attempts.c.job_id == job_id) & (attempts.c.outcome == JobStatus.RETRYING) & which
+    return int(connection.execute(select(func.count()).select_from(attempts).where(rows)).scalar_one())
 
 
 def _devices(count: int) -> str:

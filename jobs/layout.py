@@ -55,6 +55,11 @@ def rank_log(attempt_dir: Path, rank: int) -> Path:
     return attempt_dir / f"rank{rank}.log"
 
 
+def node_log(attempt_dir: Path, node: str) -> Path:
+    """What the start command and the agent of a node wrote to standard error."""
+    return attempt_dir / f"node-{node}.log"
+
+
 def runner_log(attempt_dir: Path) -> Path:
     """Standard output and error of the runner."""
     return attempt_dir / "runner.log"

@@ -1,8 +1,8 @@
 """Processes of an attempt: who they are, how they die with their parent, how strays are found.
 
 Refuses to know jobs: it works with process ids and the tag that every process of an attempt carries in its
-environment. Used by the runner, by the executors and by every rank; Linux gives all guarantees, elsewhere the
-calls that only Linux has do nothing.
+environment. Used by the runner, the executors, the agents of nodes and every rank; Linux gives all guarantees,
+elsewhere the calls that only Linux has do nothing.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ def _reap(pid: int) -> None:
         return
 
 
-def free_port() -> int:
-    """A TCP port on 127.0.0.1 that was free a moment ago."""
+def free_port(address: str = "127.0.0.1") -> int:
+    """A TCP port that was free on `address` (empty: on every one of this machine) a moment ago."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((address, 0))
         return int(probe.getsockname()[1])

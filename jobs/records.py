@@ -163,6 +163,8 @@ class JobPage:
 
 #: Code of a failure that is nobody's fault: the attempt was asked to stop although its job goes on.
 INTERRUPTED = "interrupted"
+#: Code of a failure after which the ranks try a smaller micro-batch, for as long as they say `retryable`.
+OUT_OF_MEMORY = "out_of_memory"
 
 
 @dataclass(frozen=True)
@@ -182,8 +184,8 @@ class Failure:
 
     @property
     def counts(self) -> bool:
-        """False for an interruption, which does not use up one of the job's attempts."""
-        return self.code != INTERRUPTED
+        """False when the end uses up none of the job's attempts: an interruption, or memory that ran out."""
+        return self.code not in (INTERRUPTED, OUT_OF_MEMORY) or not self.may_retry
 
     @property
     def may_retry(self) -> bool:

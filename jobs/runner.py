@@ -11,37 +11,31 @@ ranks.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypeVar
 
 from jobs.artifacts import ArtifactStore
 from jobs.errors import LeaseLost, StorageError, StoreUnavailable
-from jobs.events import EventForwarder
-from jobs.failures import (
-    EXIT_STOPPED,
-    GangEnd,
-    describe,
-    failure_of_publishing,
-    failure_of_ranks,
-    interrupted,
-)
-from jobs.gang import RANK_COMMAND, Gang, Launch
+from jobs.failures import GangEnd, describe, failure_of, failure_of_publishing
+from jobs.gang import Gang, Launch, LocalGang
+from jobs.gang_watch import Watched, watch
 from jobs.heartbeat import Heartbeat
 from jobs.json_files import write_json
 from jobs.layout import artifacts_dir, attempt_dir, job_dir
+from jobs.node_gang import NodeGang
 from jobs.process import ProcessIdentity, become_subreaper, free_port
 from jobs.publish import publish
 from jobs.records import Failure, JobStatus, Lease
+from jobs.runner_settings import RunnerSettings
 from jobs.spec import JobSpec
 from jobs.store import Store
 
@@ -51,50 +45,6 @@ EXIT_LEASE_LOST = 3
 
 _log = logging.getLogger("jobs.runner")
 _T = TypeVar("_T")
-
-
-class Retries(TypedDict):
-    """How often and how late an attempt is followed by another."""
-
-    max_attempts: int
-    retry_delay_s: float
-
-
-@dataclass(frozen=True)
-class RunnerSettings:
-    """How an attempt is run.
-
-    Attributes:
-        lease_s: Seconds a lease lasts without renewal.
-        grace_s: Seconds ranks have to write a checkpoint after a cancel or stop, before they are killed.
-        peer_grace_s: The same after another rank failed: there is nothing worth waiting for.
-        max_attempts: Attempts of a job that end in system errors before it fails.
-        retry_delay_s: Seconds before the second attempt; doubles with each further one.
-        poll_s: Seconds between two looks at the ranks.
-        rank_command: What starts a rank; `--job-dir J --attempt N` follows.
-    """
-
-    lease_s: float = 30.0
-    grace_s: float = 30.0
-    peer_grace_s: float = 3.0
-    max_attempts: int = 3
-    retry_delay_s: float = 5.0
-    poll_s: float = 0.1
-    rank_command: tuple[str, ...] = RANK_COMMAND
-
-    def to_json(self) -> str:
-        """The form in which they are passed to `python -m jobs.runner`."""
-        return json.dumps(asdict(self))
-
-    def retries(self) -> Retries:
-        """The arguments of `Store.fail`."""
-        return {"max_attempts": self.max_attempts, "retry_delay_s": self.retry_delay_s}
-
-    @classmethod
-    def from_json(cls, text: str) -> RunnerSettings:
-        """The inverse of `to_json`."""
-        fields = json.loads(text)
-        return cls(**fields | {"rank_command": tuple(fields["rank_command"])})
 
 
 def run_attempt(
@@ -149,8 +99,7 @@ class _Attempt:
     def run(self, heartbeat: Heartbeat) -> JobStatus:
         gang = self._prepare()
         try:
-            gang.start()
-            end = self._watch(gang, heartbeat)
+            end = watch(gang, self._watched(heartbeat))
         finally:
             gang.kill()
         _log.info("ranks ended: %s", describe(end.exit_codes))
@@ -158,9 +107,7 @@ class _Attempt:
             return self._publish(end, heartbeat)
         if heartbeat.cancel_requested:
             return self._end_cancelled(end, heartbeat)
-        if end.first_failed:
-            return self._end_failed(end, failure_of_ranks(end, self.folder), heartbeat)
-        return self._end_failed(end, interrupted(), heartbeat)
+        return self._end_failed(end, failure_of(end, self.folder), heartbeat)
 
     def _prepare(self) -> Gang:
         """The attempt's folder and files."""
@@ -169,53 +116,14 @@ class _Attempt:
         spec = JobSpec.model_validate(self.store.get(self.lease.job_id).spec)
         write_json(self.job_dir / "spec.json", spec.model_dump(mode="json"))
         launch = Launch(self.lease.job_id, self.lease.attempt, self.lease.devices, free_port(), self.job_dir)
+        cluster = self.settings.cluster
+        if cluster is not None:
+            return NodeGang(launch, cluster, self.settings.rank_command, self.settings.lease_s)
         write_json(self.folder / "launch.json", launch.as_dict())
-        return Gang(launch, self.settings.rank_command)
+        return LocalGang(launch, self.settings.rank_command)
 
-    # Watching
-
-    def _watch(self, gang: Gang, heartbeat: Heartbeat) -> GangEnd:
-        """Until every rank has ended: carry events, and walk the stop ladder when there is a reason to."""
-        forwarder = EventForwarder(self.store, self.lease, self.folder / "events.jsonl")
-        first_failed: tuple[int, ...] = ()
-        kill_at: float | None = None
-        while None in (codes := gang.poll()):
-            heartbeat.check()
-            forwarder.forward()
-            if kill_at is None:
-                first_failed = self._failed(codes, heartbeat)
-                grace = self._grace(bool(first_failed), heartbeat)
-                if grace is not None:
-                    _log.info("stopping the ranks within %.0f s", grace)
-                    gang.terminate()
-                    kill_at = time.monotonic() + grace
-            elif time.monotonic() > kill_at:
-                gang.kill()
-            time.sleep(self.settings.poll_s)
-        while not forwarder.forward():
-            heartbeat.check()
-            time.sleep(self.settings.poll_s)
-        if kill_at is None:
-            first_failed = self._failed(codes, heartbeat)
-        return GangEnd(tuple(code for code in codes if code is not None), first_failed)
-
-    def _failed(self, codes: Sequence[int | None], heartbeat: Heartbeat) -> tuple[int, ...]:
-        """Ranks that failed by themselves.
-
-        While the attempt is being stopped, obeying SIGTERM is no failure: whoever stops a whole machine or
-        container sends it to the ranks at the same time as to us.
-        """
-        stopping = self.stop.is_set() or heartbeat.cancel_requested
-        fine = (None, 0, EXIT_STOPPED, -signal.SIGTERM) if stopping else (None, 0)
-        return tuple(rank for rank, code in enumerate(codes) if code not in fine)
-
-    def _grace(self, failed: bool, heartbeat: Heartbeat) -> float | None:
-        """Seconds the ranks get when they are to stop now; None: they go on."""
-        if failed:
-            return self.settings.peer_grace_s
-        if heartbeat.cancel_requested or self.stop.is_set():
-            return self.settings.grace_s
-        return None
+    def _watched(self, heartbeat: Heartbeat) -> Watched:
+        return Watched(self.store, self.lease, self.folder, heartbeat, self.stop, self.settings)
 
     # Ending
 

@@ -1,6 +1,6 @@
 """The header of a safetensors file, checked without reading a tensor and without the safetensors library.
 
-Refuses to return any weights: it answers whether the sizes a file declares are those it has.
+Refuses to return any weights: it answers whether the sizes a file declares are those it has, and which shapes it holds.
 """
 
 from __future__ import annotations
@@ -25,11 +25,7 @@ _MAX_HEADER_BYTES = 100_000_000
 def check_safetensors(path: Path) -> None:
     """Raise BadWeights unless the header is sound and the tensors fill the file without gap or overlap."""
     size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
-            raise _bad(path, f"its header claims {length} bytes, the file has {size}")
-        header = _parse(path, file.read(length))
+    length, header = _read_header(path, size)
     spans = sorted(_span(path, name, entry) for name, entry in header.items() if name != "__metadata__")
     position = 0
     for begin, end in spans:
@@ -38,6 +34,24 @@ def check_safetensors(path: Path) -> None:
         position = end
     if position != size - 8 - length:
         raise _bad(path, f"its tensors need {position} bytes, the file holds {size - 8 - length}")
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor in the file. Raises BadWeights for a header that is not sound."""
+    _, header = _read_header(path, path.stat().st_size)
+    found = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    for name, entry in found.items():
+        _span(path, name, entry)
+    return {name: tuple(int(n) for n in entry["shape"]) for name, entry in found.items()}
+
+
+def _read_header(path: Path, size: int) -> tuple[int, dict[str, Any]]:
+    """Length of the header in bytes, and what it says."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
+            raise _bad(path, f"its header claims {length} bytes, the file has {size}")
+        return length, _parse(path, file.read(length))
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:

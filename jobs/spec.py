@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 Effort = Literal["quick", "standard", "max"]
 Share = Annotated[float, Field(ge=0.0, le=0.5)]
+Weight = Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False)]
 LearningRate = Annotated[float, Field(ge=0.0, le=1.0)]
 SourceName = Annotated[str, Field(min_length=1, max_length=4096)]
 
@@ -64,6 +65,12 @@ class DataSource(Strict):
         default="all",
         description="Which part of the source: `eval` is the held-out tenth (documents by a hash of their text; the "
         "last tenth of a source that is one document), `train` is the rest.",
+    )
+    weight: Weight | None = Field(
+        default=None,
+        description="Training sources only: the source gets weight / (sum of weights) of the training windows. Give "
+        "one to every source, or to none: without weights all sources are shuffled together, each with the share of "
+        "its size.",
     )
 
 
@@ -225,6 +232,18 @@ class JobSpec(Strict):
             raise ValueError("effort 'quick' keeps the initial signs, which are random here: use 'standard' or 'max'")
         return self
 
+    @model_validator(mode="after")
+    def _weights_take_effect(self) -> JobSpec:
+        heavy = next((i for i, source in enumerate(self.eval) if source.weight is not None), None)
+        if heavy is not None:
+            raise ValueError(f"eval[{heavy}].weight has no effect: evaluation text is not drawn from, drop it")
+        bare = next((i for i, source in enumerate(self.data) if source.weight is None), None)
+        if bare is not None and any(source.weight is not None for source in self.data):
+            raise ValueError(f"data[{bare}] has no weight and others have: give a weight to every source or to none")
+        if bare is None and len(self.data) == 1:
+            raise ValueError("data[0].weight has no effect: there is no other source, drop it")
+        return self
+
     @property
     def train_tokens(self) -> int:
         """End-to-end training tokens this job asks for; 0 means none."""
@@ -242,7 +261,7 @@ class JobSpec(Strict):
         """Training and evaluation sources with the default evaluation split filled in."""
         if self.eval:
             return self.data, self.eval
-        train = tuple(DataSource(source=d.source, split="train") for d in self.data)
+        train = tuple(DataSource(source=d.source, split="train", weight=d.weight) for d in self.data)
         return train, tuple(DataSource(source=d.source, split="eval") for d in self.data)
 
     def canonical_json(self) -> str:
@@ -252,3 +271,9 @@ class JobSpec(Strict):
     def digest(self) -> str:
         """sha256 hex of `canonical_json`."""
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()
+
+
+def weights_of(sources: Sequence[DataSource]) -> list[float] | None:
+    """The sources' weights; None when they have none, and are no mixture."""
+    weights = [source.weight for source in sources if source.weight is not None]
+    return weights or None

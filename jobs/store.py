@@ -275,8 +275,8 @@ class Store:
     ) -> JobStatus:
         """End the attempt badly: retry it later if another try may help and one is left, else the job failed.
 
-        The delay doubles with every attempt that failed. An interruption (`failure.counts` False) uses up no
-        attempt and is retried at once.
+        The delay doubles with every attempt that failed. An interruption, or memory that ran out while the
+        ranks can do with less (`failure.counts` False), uses up no attempt and is retried at once.
         """
         with self._database.write() as connection:
             return job_queue.fail(connection, lease, failure, self._clock(), max_attempts, retry_delay_s, actor)

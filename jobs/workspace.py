@@ -2,7 +2,8 @@
 
 work/
   stages/<stage>.json            done markers, written last
-  tokens/train.safetensors, eval-<i>.safetensors
+  tokens/source-<i>/             token files of a training source (kbop_core/token_files.py)
+  tokens/eval-<i>.safetensors
   init/student.safetensors       after BNN Init and block-wise reconstruction
   train/checkpoints/, targets/, metrics.jsonl, micro_batch.json, student.safetensors
   packed/                        the checkpoint that is published
@@ -22,15 +23,17 @@ from jobs.journal import Journal
 from jobs.json_files import read_json
 from jobs.layout import training_metrics
 from jobs.sources import ModelSource, locate_model
-from jobs.spec import JobSpec
+from jobs.spec import JobSpec, weights_of
 from jobs.stop import Stop
 from kbop_core.convert import ConversionPlan, plan_conversion
+from kbop_core.errors import DamagedTokens
 from kbop_core.hf import Model, Tokenizer, load_lazily, load_model, load_tokenizer
 from kbop_core.loop import StepLayout, layout_steps
 from kbop_core.shard import Gang
 from kbop_core.text import Windows
+from kbop_core.window_source import StoredWindows, open_windows
 
-#: After which ranks that wait for each other outside training give up, seconds. Rank 0 alone prepares and packs.
+#: After which ranks that wait for each other outside training give up, seconds. Rank 0 alone packs, for one.
 GANG_TIMEOUT_S = 7200.0
 
 
@@ -132,10 +135,35 @@ class Workspace:
         """Training steps; 0 when nothing end to end was asked."""
         return -(-self.spec.train_tokens // self.layout.tokens)
 
-    @property
-    def training_windows_file(self) -> Path:
-        """Tensor `ids`: int64 (N, context)."""
-        return self.work / "tokens" / "train.safetensors"
+    def token_folder(self, number: int) -> Path:
+        """Token files of a training source."""
+        return self.work / "tokens" / f"source-{number}"
+
+    @cached_property
+    def windows(self) -> StoredWindows:
+        """The training windows in the order of the run; the ranks have compared their files with the digests.
+
+        Raises:
+            DamagedTokens: a file is not what stage `prepare` wrote; the next attempt runs that stage again.
+        """
+        try:
+            windows = self.open_windows(self.facts("prepare")["context"])
+            windows.verify(self.gang.rank, self.gang.size)
+        except DamagedTokens:
+            (self.work / "stages" / "prepare.json").unlink(missing_ok=True)
+            raise
+        return windows
+
+    def open_windows(self, context: int) -> StoredWindows:
+        """The training windows that the ranks tokenised, as they are on disk.
+
+        Raises:
+            TextTooShort: no full window; in a mixture, of any source.
+            DamagedTokens: a source has no index.
+        """
+        sources, _ = self.spec.resolved_data()
+        folders = [self.token_folder(number) for number in range(len(sources))]
+        return open_windows(folders, [s.source for s in sources], weights_of(sources), context, self.spec.seed)
 
     @property
     def metrics_file(self) -> Path:

@@ -9,7 +9,8 @@
     │   ├── EmptyText              no text, or only white space
     │   ├── NotUtf8                bytes that are not UTF-8
     │   ├── TextTooShort           fewer tokens than one window
-    │   └── DataOverlap            evaluation text is also training text
+    │   ├── DataOverlap            evaluation text is also training text
+    │   └── DamagedTokens          a token file that is not what was written
     ├── TrainingError
     │   ├── NonFiniteLoss          stopped before any weight changed
     │   ├── NonFiniteGradient      stopped before any weight changed
@@ -92,6 +93,14 @@ class DataOverlap(DataError):
     """Evaluation text that is also training text."""
 
     code = "data_overlap"
+
+
+class DamagedTokens(DataError):
+    """A token file is missing or not what was written."""
+
+    code = "damaged_tokens"
+    origin = "system"
+    retryable = True
 
 
 class TrainingError(KbopError):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from kbop_core.recompute import recompute_blocks
 from kbop_core.schedules import FLIP_RATE, FlipSchedule, warmup_cosine
 from kbop_core.shard import Gang
 from kbop_core.teacher import LiveTeacher, Teacher
-from kbop_core.text import WindowOrder
+from kbop_core.window_source import WindowSource
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,6 @@ class TrainConfig:
         scale_lr: peak AdamW learning rate of scales, a share of their size (full_precision.py).
         other_lr: of norms, biases, embeddings and head, likewise.
         warmup: share of the steps in which all rates rise, 0 … 1.
-        seed: of the window order.
         zero_stage: DeepSpeed ZeRO stage of the full-precision side, 0 … 3.
         activation_checkpointing: blocks compute their forward pass again in backward instead of keeping it.
         timeout_s: of collectives, seconds.
@@ -105,7 +104,6 @@ class TrainConfig:
     scale_lr: float = SCALE_LR
     other_lr: float = OTHER_LR
     warmup: float = 0.05
-    seed: int = 0
     zero_stage: int = 1
     activation_checkpointing: bool = False
     timeout_s: float = 600.0
@@ -148,24 +146,19 @@ class Run:
     teacher: Teacher
     engine: Engine
     kbop: KBOP
-    windows_NT: Tensor
+    windows: WindowSource
     device: torch.device
-    order: WindowOrder = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.order = WindowOrder(len(self.windows_NT), self.config.seed)
 
     def batch(self, step: int, micro_step: int) -> tuple[Tensor, list[int]]:
         """This rank's windows of a micro-step, int64 (B, T), on the device, and their numbers."""
-        places = self.layout.places(step, micro_step, self.gang.rank)
-        numbers = list(self.order.indices(places.start, places.stop))
-        return self.windows_NT[torch.tensor(numbers)].to(self.device), numbers
+        numbers = self.windows.numbers(self.layout.places(step, micro_step, self.gang.rank))
+        return self.windows.rows(numbers).to(self.device), numbers
 
 
 def start_run(
     student: nn.Module,
     teacher: Teacher | nn.Module,
-    windows_NT: Tensor,
+    windows: WindowSource,
     config: TrainConfig,
     layout: StepLayout,
     gang: Gang,
@@ -176,7 +169,7 @@ def start_run(
     Args:
         student: with BinaryLinear layers (trainable); every floating-point parameter of it will train.
         teacher: see teacher.py; a model is a live one.
-        windows_NT: training windows on the CPU, int64 (N, T).
+        windows: what to train on, in the order of the run.
         phases: measures `StepMetrics.seconds`; None: nothing is measured.
     """
     device = next(student.parameters()).device
@@ -190,7 +183,7 @@ def start_run(
     gang = replace(gang, group=engine.group if gang.size > 1 else None, phases=phases or Phases())
     kbop = KBOP(layers, config.flip_schedule, config.momentum, layout.micro_steps, gang, config.evidence)
     live = LiveTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
-    return Run(config, layout, gang, live, engine, kbop, windows_NT, device)
+    return Run(config, layout, gang, live, engine, kbop, windows, device)
 
 
 def train(run: Run, steps: Iterable[int]) -> Iterator[StepMetrics]:

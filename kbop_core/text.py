@@ -1,9 +1,8 @@
-"""Owns text → windows of token ids: documents, tokenisation, the train/eval split, the order of training windows.
+"""Owns text → windows of token ids: the protocols, the train/eval split, the order of training windows.
 
-Refuses to resolve who may read what (jobs/sources.py) and to know any model.
+Refuses to read files (documents.py), to resolve who may read what (jobs/sources.py) and to know any model.
 
-A .txt file is one document; .jsonl (field `text`), .parquet (column `text`) and hub data sets have one per row. Each
-document is tokenised in one call with the tokenizer's own special tokens (at most one BOS, at its start).
+Each document is tokenised in one call with the tokenizer's own special tokens (at most one BOS, at its start).
 
 Training: the documents' tokens follow each other and are cut into full windows; the tail is dropped.
 Evaluation of one document: the same (the field's WikiText-2 protocol). Of several: each document is cut by
@@ -12,86 +11,17 @@ itself, and its last, shorter window counts too, so that no story is predicted f
 
 from __future__ import annotations
 
-import codecs
-import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kbop_core.errors import DataError, EmptyText, NotUtf8, TextTooShort
+from kbop_core.errors import TextTooShort
 
 #: Token ids of one document, special tokens included.
 Tokenize = Callable[[str], Sequence[int]]
-
-
-def read_documents(path: Path) -> list[str]:
-    """Documents of a local .txt, .jsonl or .parquet file, empty ones left out.
-
-    Raises:
-        NotUtf8, EmptyText, DataError: each names the file.
-    """
-    suffix = path.suffix.lower()
-    if suffix not in {".txt", ".jsonl", ".parquet"}:
-        raise DataError(f"{path.name}: unknown kind of text file", "give .txt, .jsonl with a field `text`, or .parquet")
-    if suffix != ".parquet":
-        _check_utf8(path)
-    if path.stat().st_size == 0:
-        raise EmptyText(f"{path.name} is empty", "give a file with at least one window of tokens")
-    documents = [path.read_text(encoding="utf-8")] if suffix == ".txt" else _rows(suffix[1:], path)
-    documents = [d for d in documents if d.strip()]
-    if not documents:
-        raise EmptyText(f"{path.name} holds no text", "give a file with at least one window of tokens")
-    return documents
-
-
-def read_hub_documents(name: str, revision: str | None) -> list[str]:
-    """Documents of a hub data set: the column `text` of its `train` split."""
-    import datasets  # slow to import, and only this branch needs the network
-
-    try:
-        table = datasets.load_dataset(name, split="train", revision=revision)
-        return [d for d in table["text"] if d and d.strip()]
-    except Exception as error:  # the library raises many kinds; all mean that this data cannot be had
-        raise DataError(f"cannot load data set {name}: {error}", "check the name, or give a local file") from error
-
-
-def _rows(kind: str, path: Path) -> list[str]:
-    import datasets
-    import pyarrow.parquet
-
-    builder = {"jsonl": "json", "parquet": "parquet"}[kind]
-    try:
-        if kind == "parquet" and pyarrow.parquet.read_metadata(path).num_rows == 0:
-            return []
-        table = datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True)
-        texts = [row["text"] for row in table if row["text"] is not None]
-    except KeyError:
-        raise DataError(f"{path.name} has no field `text`", "each row needs its text in a field of that name") from None
-    except Exception as error:  # parse errors of pyarrow and of the loader come as many types
-        raise DataError(f"{path.name} cannot be read as {kind}: {error}", "repair or convert the file") from error
-    other = next((t for t in texts if not isinstance(t, str)), None)
-    if other is not None:
-        raise DataError(f"{path.name}: a `text` is {other!r}, not a string", "put each text in quotes")
-    return texts
-
-
-def _check_utf8(path: Path) -> None:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with path.open("rb") as file:
-        try:
-            while chunk := file.read(1 << 20):
-                decoder.decode(chunk)
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError as error:
-            near = file.tell()
-            raise NotUtf8(
-                f"{path.name} is not UTF-8: {error.reason} in the {1 << 20} bytes before byte {near}",
-                "convert it, for example with `iconv -t utf-8`",
-            ) from None
 
 
 @dataclass(frozen=True)
@@ -184,21 +114,29 @@ def split_documents(documents: Sequence[str], split: str, held_out: Callable[[st
 class WindowOrder:
     """The order in which training sees its windows: every epoch a new permutation, the same for any number of ranks.
 
+    Holds the permutation of one epoch: 8 bytes a window.
+
     Attributes:
         count: windows there are.
         seed: of the permutations.
+        source: number of the source in a mixture: equal seeds give sources orders of their own.
     """
 
     count: int
     seed: int
+    source: int = 0
+    _held: dict[int, np.ndarray[tuple[int], np.dtype[np.int64]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def indices(self, start: int, stop: int) -> Iterator[int]:
         """Window numbers at places start … stop−1 of the endless sequence of epochs."""
         for place in range(start, stop):
             epoch, offset = divmod(place, self.count)
-            yield int(_permutation(self.count, self.seed, epoch)[offset])
+            yield int(self._permutation(epoch)[offset])
 
-
-@functools.lru_cache(maxsize=4)
-def _permutation(count: int, seed: int, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    return np.random.default_rng([seed, epoch]).permutation(count)
+    def _permutation(self, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        if epoch not in self._held:
+            self._held.clear()
+            self._held[epoch] = np.random.default_rng([self.seed, epoch, self.source]).permutation(self.count)
+        return self._held[epoch]

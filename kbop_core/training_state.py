@@ -15,6 +15,7 @@ for the one before it.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import threading
 from collections.abc import Callable
@@ -147,9 +148,8 @@ def _rank_file(rank: int) -> str:
 def _await_ranks(parts: Path, size: int) -> None:
     """Until every rank has written its file and hash."""
     never = threading.Event()
-    missing = list(range(size))
-    for _ in range(round(PEERS_S / LOOK_S)):
-        missing = [rank for rank in missing if not (parts / f"rank-{rank}.json").is_file()]
+    for _ in range(math.ceil(PEERS_S / LOOK_S)):
+        missing = [rank for rank in range(size) if not (parts / f"rank-{rank}.json").is_file()]
         if not missing:
             return
         never.wait(LOOK_S)

@@ -25,7 +25,8 @@ from jobs.errors import AlreadyFinished, JobsError
 from jobs.layout import artifacts_dir, job_dir
 from jobs.process import become_subreaper
 from jobs.records import ArtifactRecord, JobRecord
-from jobs.runner import RunnerSettings, run_attempt
+from jobs.runner import run_attempt
+from jobs.runner_settings import RunnerSettings
 from jobs.sources import SourcePolicy, resolve_data, resolve_model
 from jobs.spec import JobSpec
 from jobs.store import Store

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from service.plan_command import plan
 from service.spec_options import SpecInputError, SpecOptions
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ CpuSlots = Annotated[int | None, typer.Option(help="Ranks at once where there is
 Roots = Annotated[list[Path] | None, typer.Option("--model-root", help="Folder models may come from; repeatable.")]
 DataRoots = Annotated[list[Path] | None, typer.Option("--data-root", help="Folder text may come from; repeatable.")]
 Owners = Annotated[list[str] | None, typer.Option("--hub-owner", help="Hub owner allowed, * for any; repeatable.")]
+
+app.command()(plan)
 
 
 def fail(message: str, hint: str = "", code: str = "", *, exit_code: int = EXIT_PROBLEM) -> NoReturn:

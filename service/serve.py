@@ -19,7 +19,8 @@ from sqlalchemy.exc import ArgumentError
 from jobs.devices import discover_devices
 from jobs.errors import JobsError
 from jobs.executors.local import LocalExecutor
-from jobs.runner import RunnerSettings
+from jobs.nodes import Cluster, read_hostfile
+from jobs.runner_settings import RunnerSettings
 from jobs.scheduler import Scheduler, SchedulerSettings
 from jobs.store import Store
 from service.json_logs import configure_json_logs
@@ -43,11 +44,12 @@ def run_server(overrides: Mapping[str, Any], fail: Fail) -> None:
     """
     settings = load_settings(overrides, fail)
     with explained(fail), listening(settings, fail) as listener, opened_store(settings, fail) as store:
-        devices = tuple(discover_devices(settings.cpu_slots, visible_gpus()))
         if not settings.embed_scheduler:
             _serve(settings, store, None, listener)
             return
-        with make_scheduler(settings, store, devices) as scheduler, scheduler_thread(scheduler):
+        cluster = cluster_of(settings)
+        devices = devices_of(settings, cluster)
+        with make_scheduler(settings, store, devices, cluster) as scheduler, scheduler_thread(scheduler):
             _serve(settings, store, devices, listener)
 
 
@@ -55,11 +57,12 @@ def run_worker(overrides: Mapping[str, Any], fail: Fail) -> None:
     """Schedules until SIGTERM or Ctrl-C; arguments as for `run_server`."""
     settings = load_settings(overrides, fail)
     with explained(fail), opened_store(settings, fail) as store:
-        devices = tuple(discover_devices(settings.cpu_slots, visible_gpus()))
+        cluster = cluster_of(settings)
+        devices = devices_of(settings, cluster)
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
-        with make_scheduler(settings, store, devices) as scheduler:
+        with make_scheduler(settings, store, devices, cluster) as scheduler:
             _log.info("scheduling on %s for %s", ", ".join(devices), settings.data_dir)
             run_scheduler(scheduler, stop)
 
@@ -121,9 +124,31 @@ def listening(settings: ServerSettings, fail: Fail) -> Iterator[socket.socket]:
         yield listener
 
 
-def make_scheduler(settings: ServerSettings, store: Store, devices: tuple[str, ...]) -> Scheduler:
+def cluster_of(settings: ServerSettings) -> Cluster | None:
+    """The nodes of the host list; None without one: jobs run on this machine. Raises BadHostfile."""
+    if settings.hosts is None:
+        return None
+    return Cluster(read_hostfile(settings.hosts), settings.node_command, settings.node_python)
+
+
+def devices_of(settings: ServerSettings, cluster: Cluster | None) -> tuple[str, ...]:
+    """Every device jobs may run on."""
+    if cluster is not None:
+        return cluster.devices
+    return tuple(discover_devices(settings.cpu_slots, visible_gpus()))
+
+
+def make_scheduler(
+    settings: ServerSettings, store: Store, devices: tuple[str, ...], cluster: Cluster | None = None
+) -> Scheduler:
     """A scheduler with the local executor. Raises SchedulerRunning."""
-    runner = RunnerSettings(lease_s=settings.lease_s, grace_s=settings.grace_s, max_attempts=settings.max_attempts)
+    runner = RunnerSettings(
+        lease_s=settings.lease_s,
+        grace_s=settings.grace_s,
+        max_attempts=settings.max_attempts,
+        watchdog_s=settings.watchdog_s,
+        cluster=cluster,
+    )
     executor = LocalExecutor(settings.data_dir, settings.resolved_database_url(), runner)
     return Scheduler(
         store,

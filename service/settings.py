@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +26,8 @@ ENVIRONMENT = SettingsConfigDict(
 
 MIB = 2**20
 DEFAULT_PORT = 8700
+#: Asks nothing, and notices within seconds that a node is not there, or not any more.
+SSH = "ssh -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3 {host} {command}"
 
 
 def is_loopback(host: str) -> bool:
@@ -68,6 +72,22 @@ class ServerSettings(BaseSettings):
     max_attempts: int = Field(default=3, ge=1, le=100, description="Attempts of a job that system errors end.")
     lease_s: float = Field(default=30.0, ge=1.0, le=3600.0, description="Seconds a runner may be silent.")
     grace_s: float = Field(default=30.0, ge=0.0, le=3600.0, description="Seconds between SIGTERM and SIGKILL.")
+    hosts: Path | None = Field(
+        default=None, description="Host list (DeepSpeed hostfile) of the nodes jobs run on; default: this machine."
+    )
+    node_command: str = Field(
+        default=SSH,
+        description="How a process is started on a node: a command with `{host}` and, as one argument, `{command}`.",
+    )
+    node_python: str = Field(
+        default=sys.executable, min_length=1, description="Python on every node in which kbop is installed."
+    )
+    watchdog_s: float = Field(
+        default=1800.0,
+        ge=1.0,
+        le=7 * 86_400.0,
+        description="Seconds training may go without a step before its attempt ends; other stages: four times that.",
+    )
     disk_floor_bytes: int = Field(default=512 * MIB, ge=0, description="Free bytes below which no job starts.")
     max_body_bytes: int = Field(default=MIB, ge=1024, le=1024 * MIB, description="Largest request body.")
 
@@ -81,9 +101,11 @@ class ServerSettings(BaseSettings):
     def _split_names(cls, value: object) -> object:
         return tuple(n.strip() for n in value.split(",") if n.strip()) if isinstance(value, str) else value
 
-    @field_validator("data_dir", "model_roots", "data_roots", mode="after")
+    @field_validator("data_dir", "model_roots", "data_roots", "hosts", mode="after")
     @classmethod
-    def _absolute(cls, value: Path | tuple[Path, ...]) -> Path | tuple[Path, ...]:
+    def _absolute(cls, value: Path | tuple[Path, ...] | None) -> Path | tuple[Path, ...] | None:
+        if value is None:
+            return None
         if isinstance(value, tuple):
             return tuple(p.expanduser().resolve() for p in value)
         return value.expanduser().resolve()
@@ -96,6 +118,24 @@ class ServerSettings(BaseSettings):
         if value is not None and not all("!" <= c <= "~" for c in value.get_secret_value()):
             raise ValueError("the API key may hold visible ASCII characters only, or no HTTP header could carry it")
         return value
+
+    @field_validator("node_command", mode="after")
+    @classmethod
+    def _starts_a_command(cls, value: str) -> str:
+        try:
+            words = shlex.split(value)
+        except ValueError as error:
+            raise ValueError(f"{value!r} is no command: {error}") from None
+        if not any("{command}" in word for word in words):
+            raise ValueError(f"{value!r} has no {{command}}, so it would start nothing: the default is {SSH!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _nodes_need_a_host_list(self) -> ServerSettings:
+        idle = sorted(self.model_fields_set & {"node_command", "node_python"})
+        if self.hosts is None and idle:
+            raise ValueError(f"KBOP_{idle[0].upper()} has no effect without KBOP_HOSTS: set both or none")
+        return self
 
     @model_validator(mode="after")
     def _public_needs_a_key(self) -> ServerSettings:

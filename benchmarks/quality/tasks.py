@@ -33,10 +33,11 @@ from jobs.split import is_held_out
 from kbop_core.checkpoint import WEIGHTS_FILE, load_student, save_student, sha256
 from kbop_core.convert import ConversionPlan, convert_plain, plan_conversion
 from kbop_core.distill import teacher_logits
+from kbop_core.documents import read_documents
 from kbop_core.hf import load_model, load_tokenizer
 from kbop_core.init.blockwise import BlockEffort
 from kbop_core.init.pretrained import InitEffort, pretrained_init
-from kbop_core.text import WindowOrder, Windows, evaluation_windows, read_documents, training_windows
+from kbop_core.text import WindowOrder, Windows, evaluation_windows, training_windows
 
 #: Tokens in a training or evaluation window, and weights of a row that share a scale.
 CONTEXT, GROUP = 128, 64

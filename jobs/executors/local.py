@@ -17,7 +17,8 @@ from jobs.json_files import read_json
 from jobs.layout import attempt_dir, attempt_tag, runner_log
 from jobs.process import ProcessIdentity, sweep
 from jobs.records import Lease
-from jobs.runner import DATABASE_VARIABLE, EXIT_LEASE_LOST, TOKEN_VARIABLE, RunnerSettings
+from jobs.runner import DATABASE_VARIABLE, EXIT_LEASE_LOST, TOKEN_VARIABLE
+from jobs.runner_settings import RunnerSettings
 
 
 class LocalExecutor:

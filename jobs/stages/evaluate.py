@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ from kbop_core.text import Windows
 
 #: Logits in one forward pass of the evaluation, about: 2^25 float32 are 128 MiB, and six such tensors live at once.
 BATCH_LOGITS = 2**25
+#: Models that are scored: see `_models`.
+MODELS = 4
 #: Tokens of a prompt and of its continuation in the report's samples, and how many samples.
 PROMPT_TOKENS, SAMPLE_TOKENS, SAMPLES = 16, 48, 3
 
@@ -33,15 +37,15 @@ def evaluate(space: Workspace) -> dict[str, Any]:
     sets = space.evaluation_sets()
     rows: list[dict[str, Any]] = [{"set": name, "protocol": w.protocol, "tokens": w.predicted} for name, w in sets]
     packed: Model | None = None
-    for number, (kind, model) in enumerate(_models(space)):
+    told = Told(space, MODELS * sum(len(windows.ids_NT) for _, windows in sets))
+    for kind, model in _models(space):
         packed = model if kind == "kbop" else packed
         for row, (_, windows) in zip(rows, sets, strict=True):
-            quality = _score(space, model, windows, compare=kind == "kbop")
+            quality = _score(told, model, windows, compare=kind == "kbop")
             row[kind] = quality.perplexity if math.isfinite(quality.perplexity) else None  # JSON has no infinity
             if kind == "kbop":
                 row["kl_to_teacher"] = quality.kl_to_teacher
                 row["teacher_top1_agreement"] = quality.top1_agreement
-        space.journal.progress(number + 1, 4)
     memory = _peak_memory(space)
     if space.leads:
         assert packed is not None
@@ -61,9 +65,25 @@ def _models(space: Workspace) -> Iterator[tuple[str, nn.Module]]:
     yield "kbop", load_model(str(space.work / "packed"), dtype=dtype).to(space.device)
 
 
-def _score(space: Workspace, model: nn.Module, windows: Windows, compare: bool) -> Quality:
+@dataclass
+class Told:
+    """How far the evaluation is, in windows of all models, told batch by batch: a large set takes hours."""
+
+    space: Workspace
+    windows: int
+    done: int = 0
+
+    def part(self, windows: int, done: int, batches: int) -> None:
+        """Of the set that is being scored, which has that many windows, `done` of this rank's batches are."""
+        self.space.journal.progress(self.done + windows * done // batches, self.windows)
+
+
+def _score(told: Told, model: nn.Module, windows: Windows, compare: bool) -> Quality:
+    space, count = told.space, len(windows.ids_NT)
     batch = max(1, min(32, BATCH_LOGITS // (vocabulary_size(space.teacher) * windows.ids_NT.shape[1])))
-    return score(model, windows, batch, space.teacher if compare else None, space.gang)
+    quality = score(model, windows, batch, space.teacher if compare else None, space.gang, partial(told.part, count))
+    told.done += count
+    return quality
 
 
 def _samples(space: Workspace, packed: Model, sets: list[tuple[str, Windows]]) -> list[dict[str, str]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from jobs.workspace import Workspace
 from kbop_core.checkpoint import save_student
@@ -16,7 +15,6 @@ from kbop_core.convert import convert_plain
 from kbop_core.init.blockwise import BlockEffort
 from kbop_core.init.pretrained import InitEffort, pretrained_init
 from kbop_core.init.random import random_init
-from kbop_core.text import WindowOrder
 
 #: Windows in one calibration batch of all ranks: what one step of block-wise reconstruction reads.
 BATCH = 8
@@ -44,9 +42,8 @@ def init(space: Workspace) -> dict[str, Any]:
 
 
 def calibration_batches(space: Workspace) -> list[torch.Tensor]:
-    """This rank's share of the calibration windows: drawn from the training text in the seed's order."""
-    ids = load_file(space.training_windows_file)["ids"]
-    wanted = -(-space.spec.method.calibration_tokens // ids.shape[1])
-    order = WindowOrder(len(ids), space.spec.seed)
-    rows = list(order.indices(0, max(min(wanted, len(ids)), space.gang.size)))
-    return list(ids[rows][space.gang.rank :: space.gang.size].split(max(1, BATCH // space.gang.size)))
+    """This rank's share of the calibration windows: the first of the training order."""
+    windows, ranks = space.windows, space.gang.size
+    wanted = -(-space.spec.method.calibration_tokens // space.layout.context)
+    numbers = windows.numbers(range(max(min(wanted, len(windows)), ranks)))
+    return list(windows.rows(numbers[space.gang.rank :: ranks]).split(max(1, BATCH // ranks)))

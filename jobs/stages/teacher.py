@@ -2,46 +2,38 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from jobs.workspace import Workspace
 from kbop_core.engine import barrier, share_frozen
+from kbop_core.hf import vocabulary_size
 from kbop_core.target_cache import TargetCache
 from kbop_core.teacher import CachedTeacher, LiveTeacher, Teacher
-from kbop_core.text import WindowOrder
 
 #: Logits that a teacher makes at once when its targets are stored: 2^24 float32 are 64 MiB.
 BATCH_LOGITS = 2**24
 
 
-def training_teacher(space: Workspace, ids_NT: Tensor) -> Teacher:
-    """The teacher of the job; every rank calls.
-
-    Args:
-        ids_NT: the training windows.
-    """
+def training_teacher(space: Workspace) -> Teacher:
+    """The teacher of the job; every rank calls."""
     place = space.spec.resources.teacher
     if place == "sharded":
         shared = LiveTeacher(share_frozen(space.fresh_model()))
         space.forget_teacher()  # the plan was made from another copy
         return shared
     if place == "cached":
-        return CachedTeacher(_stored_targets(space, ids_NT))
+        return CachedTeacher(_stored_targets(space))
     return LiveTeacher(space.teacher)  # resident, or loaded block by block
 
 
-def _stored_targets(space: Workspace, ids_NT: Tensor) -> TargetCache:
+def _stored_targets(space: Workspace) -> TargetCache:
     """The teacher's targets at every window that training will see, written by the ranks together if not there yet."""
-    order = WindowOrder(len(ids_NT), space.spec.seed)
-    places = range(space.steps * space.layout.windows)
-    cache = TargetCache(space.folder("train/targets"), list(order.indices(places.start, places.stop)))
-    vocabulary = int(space.teacher.get_input_embeddings().weight.shape[0])
-    batch = max(1, BATCH_LOGITS // (vocabulary * ids_NT.shape[1]))
+    windows = space.windows
+    cache = TargetCache(space.folder("train/targets"), windows.numbers(range(space.steps * space.layout.windows)))
+    batch = max(1, BATCH_LOGITS // (vocabulary_size(space.teacher) * space.layout.context))
     teacher = LiveTeacher(space.teacher)
     space.journal.note(f"the teacher's likeliest tokens are written to disk: {cache.parts} files")
     cache.write(
         space.gang,
-        lambda numbers: ids_NT[list(numbers)].to(space.device),
+        lambda numbers: windows.rows(numbers).to(space.device),
         teacher.log_probs,
         batch,
         lambda done, total: space.journal.progress(done, total),

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from jobs.json_files import write_json
 from jobs.stages.step_metrics import StepJournal, keep_metrics
@@ -60,9 +59,8 @@ def _train(space: Workspace) -> dict[str, Any]:
     student = space.fresh_model()
     convert_plain(student, space.plan, trainable=True)
     load_student(student, space.init_student)
-    ids = load_file(space.training_windows_file)["ids"]
-    teacher = training_teacher(space, ids)
-    run = start_run(student, teacher, ids, train_config(space), space.layout, space.gang, _phases(space.device))
+    teacher, phases = training_teacher(space), _phases(space.device)
+    run = start_run(student, teacher, space.windows, train_config(space), space.layout, space.gang, phases)
     checkpoints = space.folder("train/checkpoints")
     start = _resume(space, run, checkpoints)
     with space.stop.deferred():
@@ -110,7 +108,6 @@ def train_config(space: Workspace) -> TrainConfig:
         evidence=method.evidence,
         scale_lr=method.scale_lr,
         other_lr=method.other_lr,
-        seed=space.spec.seed,
         zero_stage=resources.zero_stage,
         activation_checkpointing=resources.activation_checkpointing,
         timeout_s=STEP_TIMEOUT_S,

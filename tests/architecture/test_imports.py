@@ -43,7 +43,17 @@ def test_the_import_contracts_are_kept() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["service.app", "service.cli", "jobs.runner", "jobs.scheduler", "jobs.store", "jobs.executors.local", "jobs.spec"],
+    [
+        "service.app",
+        "service.cli",
+        "jobs.node_agent",
+        "jobs.runner",
+        "jobs.scheduler",
+        "jobs.store",
+        "jobs.executors.local",
+        "jobs.spec",
+        "jobs.plan",
+    ],
 )
 def test_server_and_runner_load_nothing_heavy(module: str) -> None:
     script = f"import sys, {module}\nprint(sorted({HEAVY!r} & sys.modules.keys()))"

@@ -22,7 +22,17 @@ import torch
 
 from kbop_core.engine import gang_of_ranks
 
-EVERY = ("collectives", "small_layers", "moved_flips", "quality", "init", "blockwise", "resume", "moved_state")
+EVERY = (
+    "collectives",
+    "small_layers",
+    "moved_flips",
+    "quality",
+    "init",
+    "blockwise",
+    "resume",
+    "moved_state",
+    "token_files",
+)
 MOST = (
     "exact_flips",
     "exact_int8_flips",

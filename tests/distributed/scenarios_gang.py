@@ -12,6 +12,7 @@ from tiny import make_llama, make_windows
 from torch import Tensor
 
 from kbop_core.convert import binary_layers, plan_conversion
+from kbop_core.documents import rows_of
 from kbop_core.errors import KbopError
 from kbop_core.evidence import EvidenceKind
 from kbop_core.init.blockwise import BlockEffort
@@ -23,6 +24,7 @@ from kbop_core.schedules import FlipSchedule
 from kbop_core.shard import Gang
 from kbop_core.slices import SliceReader, write_slices
 from kbop_core.text import Windows
+from kbop_core.token_files import PART_ROWS, Recipe, tokenise
 
 STEPS = 5
 #: Fewer rows than three ranks, a ragged number of them, and a multiple; no width is a multiple of another.
@@ -213,6 +215,19 @@ def _reconstructed(gang: Gang, windows: Tensor) -> dict[str, Any]:
     }
 
 
+def token_files(gang: Gang, folder: Path) -> dict[str, bytes]:
+    """The ranks make a source's token files together: two whole parts and some rows, read until they are enough."""
+    texts, found = rows_of("texts", [chr(97 + n % 26) * (n % 9) for n in range(2 * PART_ROWS + 9)]), {}
+    recipe = Recipe(lambda text: list(map(ord, text)), 128, lambda text: True, lambda text: None, "tests")
+    for name, enough in (("all", 10**9), ("some", 3000)):
+        target = folder / f"tokens-{name}"
+        target.mkdir(exist_ok=True)
+        tokenise(texts, recipe, target, enough, gang, torch.device("cpu"))
+        found |= {f"{name}/{path.name}": path.read_bytes() for path in target.iterdir()}
+        gang.all_gather(torch.zeros(1))  # nobody goes on while another still looks
+    return found
+
+
 SCENARIOS = {
     f.__name__: f
     for f in (
@@ -227,5 +242,6 @@ SCENARIOS = {
         quality,
         init,
         blockwise,
+        token_files,
     )
 }

@@ -27,6 +27,7 @@ from kbop_core.shard import Gang
 from kbop_core.target_cache import TargetCache
 from kbop_core.teacher import CachedTeacher, LiveTeacher
 from kbop_core.training_state import checkpoint_folder, load_state, newest_state, save_state
+from kbop_core.window_source import WindowsInMemory
 
 CONFIG = TrainConfig(steps=6, flip_rate=0.05, warmup=0.2, zero_stage=1, timeout_s=60.0)
 WINDOWS = 6  # a step: divides by one, two and three ranks
@@ -104,7 +105,8 @@ def begin(
     student, teacher = make(0), make(0) if teacher is None else teacher
     convert_plain(student, plan_conversion(student, 4), trainable=True)
     layout = StepLayout(16, WINDOWS, gang.size, 1 if gang.size == 2 else WINDOWS // gang.size)
-    return start_run(student, teacher, make_windows(13, 16) if windows is None else windows, config, layout, gang)
+    source = WindowsInMemory(make_windows(13, 16) if windows is None else windows, seed=0)
+    return start_run(student, teacher, source, config, layout, gang)
 
 
 def snapshot(run: Run) -> dict[str, Tensor]:
@@ -165,7 +167,7 @@ def nan_loss(gang: Gang, folder: Path) -> dict[str, Any]:
     teacher.lm_head.weight = nn.Parameter(teacher.lm_head.weight.clone())  # no longer the embedding
     teacher.model.embed_tokens.weight[0] = torch.nan
     place = run.layout.places(1, run.layout.micro_steps - 1, 1)[0]
-    windows[next(run.order.indices(place, place + 1)), 3] = 0
+    windows[run.windows.numbers(range(place, place + 1)), 3] = 0
     steps = train(run, range(6))
     next(steps)
     before = snapshot(run)

@@ -188,3 +188,14 @@ def test_the_init_of_several_ranks_is_that_of_one_but_for_rounding(size: int, ou
     assert float((shared["logits"] - alone["logits"]).square().mean()) < 1e-3 * float(error)
     bits = [(shared["bits"][n] != alone["bits"][n]).float().mean().item() for n in alone["bits"]]
     assert max(bits) < 0.02
+
+
+# -- token files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_token_files_have_the_same_bytes_whoever_made_them(size: int, outcome: Outcome) -> None:
+    alone = outcome(1, "token_files", 0)
+    assert {"all/part-000002.bin", "some/part-000001.bin", "some/index.json"} < alone.keys()
+    assert "some/part-000002.bin" not in alone
+    assert all(outcome(size, "token_files", rank) == alone for rank in ranks(size))

@@ -1,7 +1,7 @@
 """A rank without torch: keeps the runner's contract and misbehaves as its job's name says.
 
 Refuses to compute anything. Names: `succeeds`, `killed-once`, `killed-always`, `user-error`, `waits`,
-`waits-once`, `damaged`, `port-taken-once`, `ignores-sigterm`.
+`waits-once`, `damaged`, `port-taken-once`, `memory-once`, `hangs-in-training-once`, `ignores-sigterm`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,12 @@ def behave(name: str, rank: int, job_dir: Path, folder: Path) -> int:
         return explain(folder, code="no_linears", message="nothing to binarize", origin="user", retryable=False)
     if name == "port-taken" and rank == last:
         return explain(folder, code="port_taken", message="address already in use", retryable=True)
-    if name == "ignores-sigterm":
+    if name == "memory" and rank == last:
+        return explain(folder, code="out_of_memory", message="the GPU is full", retryable=True)
+    if name == "hangs-in-training" and rank == 0:
+        emit(folder, kind="stage", stage="train", state="started")
+        emit(folder, kind="progress", stage="train", step=1, steps=2)
+    if name in ("ignores-sigterm", "hangs-in-training"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     (folder / f"waiting{rank}").touch()
     while True:

@@ -378,12 +378,12 @@ def test_a_loss_that_is_not_finite_stops_both_ranks_before_a_weight_changes(quic
 
 def run_two_ranks(job_dir: Path) -> tuple[dict[str, Any], list[int | None]]:
     """Ranks as the runner starts them, without a runner: error.json and the exit codes."""
-    from jobs.gang import Gang, Launch
+    from jobs.gang import Launch, LocalGang
     from jobs.process import free_port
 
     attempt = job_dir / "attempts" / "1"
     attempt.mkdir(parents=True)
-    gang = Gang(Launch("job", 1, ("cpu:0", "cpu:1"), free_port(), job_dir))
+    gang = LocalGang(Launch("job", 1, ("cpu:0", "cpu:1"), free_port(), job_dir))
     gang.start()
     try:
         deadline = time.monotonic() + 90

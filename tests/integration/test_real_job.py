@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -30,7 +31,8 @@ import json, math, sys
 from pathlib import Path
 import torch
 import kbop_core
-from kbop_core.text import evaluation_windows, read_documents
+from kbop_core.documents import read_documents
+from kbop_core.text import evaluation_windows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder, text, context = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
@@ -155,7 +157,7 @@ def test_the_training_series_is_what_the_ranks_wrote(server, finished, report):
 
 def test_the_report_says_how_it_came_about(report, finished, tiny):
     assert (report["job_id"], report["ranks"], report["device"], report["attempts"]) == (finished, 2, "cpu", 1)
-    assert report["spec"]["data"] == [{"source": str(tiny.train), "split": "all"}]
+    assert report["spec"]["data"] == [{"source": str(tiny.train), "split": "all", "weight": None}]
     assert report["time"]["stages"].keys() == set(STAGES)
     assert report["time"]["total_s"] == pytest.approx(sum(report["time"]["stages"].values()))
     assert report["samples"] and all(s["teacher"].strip() and s["kbop"].strip() for s in report["samples"])
@@ -234,6 +236,23 @@ def test_a_resumed_job_reports_one_unbroken_curve(server, finished, resumed):
     assert server.report(resumed)["training"]["curve"] == server.report(finished)["training"]["curve"]
     assert server.report(resumed)["perplexity"] == server.report(finished)["perplexity"]
     assert server.report(resumed)["attempts"] == 2
+
+
+def test_two_ranks_on_two_nodes_end_with_the_bytes_of_two_on_one(serve, server, finished, tiny):
+    """Each node, named after its cores, gets half of them, as two ranks on one machine do: sums depend on threads."""
+    cores = sorted(os.sched_getaffinity(0))
+    half = max(1, len(cores) // 2)
+    names = ("a" + "_".join(map(str, cores[:half])), "b" + "_".join(map(str, cores[-half:])))
+    hosts = tiny.folder / "hosts"
+    hosts.write_text("".join(f"{name} slots=1 address=127.0.0.1 device=cpu\n" for name in names))
+    on_its_cores = """sh -c 'exec taskset -c $(echo ${1#?} | tr _ ,) sh -c "$2"' start {host} {command}"""
+    nodes = serve(tiny.folder, KBOP_HOSTS=str(hosts), KBOP_NODE_COMMAND=on_its_cores)
+    job_id = nodes.submit(tiny.spec(name="undisturbed"))
+    nodes.succeeded(job_id)
+    assert nodes.attempts(job_id) == ["1"]
+    files, expected = nodes.artifacts(job_id), server.artifacts(finished)
+    assert files["model.safetensors"]["sha256"] == expected["model.safetensors"]["sha256"]
+    assert nodes.report(job_id)["training"]["curve"] == server.report(finished)["training"]["curve"]
 
 
 @dataclass(frozen=True)

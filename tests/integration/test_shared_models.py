@@ -17,9 +17,10 @@ DOCUMENTS, PAGE_BYTES = 150, 60_000
 def test_the_teachers_perplexity_is_the_one_its_author_measured(shared_data):
     import torch
 
+    from kbop_core.documents import read_documents
     from kbop_core.hf import context_length, load_model, load_tokenizer
     from kbop_core.perplexity import evaluate
-    from kbop_core.text import evaluation_windows, read_documents
+    from kbop_core.text import evaluation_windows
 
     torch.set_num_threads(2)
     model, tokenizer = load_model(str(shared_data / MODEL)), load_tokenizer(str(shared_data / MODEL))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kbop_core.evidence import EvidenceKind
-from kbop_core.kbop import LEAST_UNIT, PROBES
+from kbop_core.kbop import LEAST_UNIT
+from kbop_core.moments import PROBES
 from kbop_core.schedules import MOST_MOMENTUM, FlipSchedule, MomentumSchedule
 
 NO_FLIPS = FlipSchedule(0.0, 10**6, 1)
@@ -120,15 +121,15 @@ def test_projections_measure_mean_squares_of_rows_and_columns(learner: Callable,
         keep = min(0.98, 1 - 1 / (step + 1))
         row = keep * row + (1 - keep) * gradient.square().mean(1)
         column = keep * column + (1 - keep) * gradient.square().mean(0)
-    torch.testing.assert_close(subject.kbop.shards["a"].row, row, rtol=0.15, atol=0)
-    torch.testing.assert_close(subject.kbop.shards["a"].column, column, rtol=0.15, atol=0)
+    torch.testing.assert_close(subject.kbop.shards["a"].moments.row, row, rtol=0.15, atol=0)
+    torch.testing.assert_close(subject.kbop.shards["a"].moments.column, column, rtol=0.15, atol=0)
 
 
 def test_one_steps_projections_are_off_by_a_third_and_unbiased(learner: Callable) -> None:
     subject = learner(600, 50, NO_FLIPS)
     gradient = noise(600, 50, 1)[0]
     subject.step(gradient)
-    relative = subject.kbop.shards["a"].row / gradient.square().mean(1) - 1
+    relative = subject.kbop.shards["a"].moments.row / gradient.square().mean(1) - 1
     assert abs(float(relative.mean())) < 0.1
     assert float(relative.std()) == pytest.approx(math.sqrt(2 / PROBES), rel=0.2)
 
@@ -138,14 +139,14 @@ def test_moments_over_a_single_weight_are_exact_squares(learner: Callable, shape
     subject, gradient = learner(*shape, NO_FLIPS), noise(*shape, 1)[0]
     subject.step(gradient)
     shard, squares = subject.kbop.shards["a"], gradient.square()
-    torch.testing.assert_close(shard.row if shape[1] == 1 else shard.column, squares.view(-1))
+    torch.testing.assert_close(shard.moments.row if shape[1] == 1 else shard.moments.column, squares.view(-1))
 
 
 def test_moments_are_a_plain_mean_for_fifty_steps_and_then_forget_with_98_percent(learner: Callable) -> None:
     subject, row = learner(4, 1, NO_FLIPS), []
     for step in range(150):
         subject.step(torch.full((4, 1), 3.0 if step < 25 else 2.0))
-        row.append(float(subject.kbop.shards["a"].row[2]))
+        row.append(float(subject.kbop.shards["a"].moments.row[2]))
     assert row[:25] == pytest.approx([9.0] * 25)
     assert row[49] == pytest.approx((9.0 + 4.0) / 2)
     assert row[149] == pytest.approx(4.0 + (row[49] - 4.0) * 0.98**100)
@@ -168,6 +169,6 @@ def test_no_gradient_is_kept_between_steps(learner: Callable, kind: EvidenceKind
     shard = subject.kbop.shards["a"]
     held = [t for t in (*vars(shard).values(), *vars(shard.evidence).values()) if isinstance(t, Tensor)]
     assert [t.dtype for t in held if t.numel() >= 64 * 64] == [{"bfloat16": torch.bfloat16, "int8": torch.int8}[kind]]
-    assert not shard.row_sketch.any()
-    assert not shard.column_sketch.any()
+    assert not shard.moments.row_sketch.any()
+    assert not shard.moments.column_sketch.any()
     assert not subject.kbop._pending

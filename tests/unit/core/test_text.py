@@ -1,29 +1,17 @@
-"""Text → documents → windows: reading, the protocols, the split, the order of training windows."""
+"""Documents → windows: the protocols, the split, the order of training windows."""
 
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kbop_core.errors import DataError, EmptyText, NotUtf8, TextTooShort
-from kbop_core.text import (
-    WindowOrder,
-    evaluation_windows,
-    read_documents,
-    split_documents,
-    training_windows,
-)
-
-MIB = 1 << 20
+from kbop_core.errors import TextTooShort
+from kbop_core.text import WindowOrder, evaluation_windows, split_documents, training_windows
 
 
 def letters(text: str) -> list[int]:
@@ -34,83 +22,6 @@ def letters(text: str) -> list[int]:
 def with_start(text: str) -> Sequence[int]:
     """A tokenizer that puts a BOS before every document."""
     return (1, *letters(text))
-
-
-def write(folder: Path, name: str, content: str | bytes) -> Path:
-    path = folder / name
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
-
-
-# -- reading ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.TXT"])
-def test_a_text_file_is_one_document(tmp_path: Path, name: str) -> None:
-    assert read_documents(write(tmp_path, name, "één\n\ntwee\n")) == ["één\n\ntwee\n"]
-
-
-def test_jsonl_has_a_document_per_row_and_empty_ones_are_left_out(tmp_path: Path) -> None:
-    rows = [{"text": "one", "id": 1}, {"text": ""}, {"text": " \n"}, {"text": "two\nlines", "id": 2}]
-    path = write(tmp_path, "a.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
-    assert read_documents(path) == ["one", "two\nlines"]
-
-
-def test_parquet_has_a_document_per_row(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"text": ["one", "", "two"], "n": [1, 2, 3]}), tmp_path / "a.parquet")
-    assert read_documents(tmp_path / "a.parquet") == ["one", "two"]
-
-
-@pytest.mark.parametrize("row", ['{"text": null}', '{"other": "x"}'])
-def test_a_row_without_text_is_no_document(tmp_path: Path, row: str) -> None:
-    assert read_documents(write(tmp_path, "a.jsonl", f'{{"text": "one"}}\n{row}\n')) == ["one"]
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-@pytest.mark.parametrize("content", ["", "\n", "  \n\t\n"])
-def test_a_file_without_text_is_refused_by_name(tmp_path: Path, name: str, content: str) -> None:
-    with pytest.raises(EmptyText, match=name):
-        read_documents(write(tmp_path, name, content))
-
-
-def test_a_parquet_without_rows_is_refused(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
-    with pytest.raises(EmptyText, match=r"a\.parquet"):
-        read_documents(tmp_path / "a.parquet")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("a.csv", "x", "unknown kind of text file"),
-        ("a.jsonl", '{"other": "x"}\n', "no field `text`"),
-        ("a.jsonl", '{"text": "one"}\n{broken\n', "cannot be read as jsonl"),
-        ("a.parquet", "not parquet", "cannot be read as parquet"),
-    ],
-)
-def test_a_file_of_the_wrong_kind_is_refused_with_the_reason(
-    tmp_path: Path, name: str, content: str, words: str
-) -> None:
-    with pytest.raises(DataError, match=f"{name}.*{words}"):
-        read_documents(write(tmp_path, name, content))
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-@pytest.mark.parametrize("before", [0, 10, MIB - 1, MIB, MIB + 5])
-def test_bytes_that_are_not_utf8_are_refused_wherever_they_are(tmp_path: Path, name: str, before: int) -> None:
-    with pytest.raises(NotUtf8, match=f"{name} is not UTF-8"):
-        read_documents(write(tmp_path, name, b"a" * before + b"\xff" + b"a" * 10))
-
-
-@pytest.mark.parametrize("cut", [1, 2, 3])
-def test_a_character_cut_at_the_chunk_border_is_fine(tmp_path: Path, cut: int) -> None:
-    text = "a" * (MIB - cut) + "😀" + "b"
-    assert read_documents(write(tmp_path, "a.txt", text)) == [text]
-
-
-def test_a_character_cut_off_at_the_end_is_not_utf8(tmp_path: Path) -> None:
-    with pytest.raises(NotUtf8):
-        read_documents(write(tmp_path, "a.txt", "a😀".encode()[:-1]))
 
 
 # -- windows ----------------------------------------------------------------------------------------------------------

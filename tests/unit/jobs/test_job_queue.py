@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from jobs.errors import IllegalTransition, LeaseLost
+from jobs.job_queue import MOST_HALVINGS
 from jobs.records import Failure, JobStatus, NewEvent
 
 CPUS = ("cpu:0", "cpu:1")
@@ -148,6 +151,22 @@ def test_interruptions_use_up_no_attempt_and_are_retried_at_once(store, running)
         assert fail(store, lease, Failure("interrupted", "stopped"), max_attempts=1) is JobStatus.QUEUED
         lease = store.claim("me", CPUS, 30)
     assert lease.attempt == 6
+
+
+def test_ranks_that_run_out_of_memory_are_retried_at_once_as_long_as_they_can_do_with_less(store, running):
+    lease, failure = running, Failure("out_of_memory", "the GPU is full", retryable=True)
+    for _ in range(MOST_HALVINGS):
+        assert fail(store, lease, failure, max_attempts=1) is JobStatus.QUEUED
+        lease = store.claim("me", CPUS, 30)
+    assert fail(store, lease, replace(failure, retryable=False), max_attempts=3) is JobStatus.FAILED
+
+
+def test_ranks_that_never_do_with_less_memory_are_not_retried_for_ever(store, running):
+    lease, failure = running, Failure("out_of_memory", "the GPU is full", retryable=True)
+    for _ in range(MOST_HALVINGS):
+        fail(store, lease, failure, max_attempts=1)
+        lease = store.claim("me", CPUS, 30)
+    assert fail(store, lease, failure, max_attempts=1) is JobStatus.FAILED
 
 
 def test_a_success_after_a_retry_shows_no_error(store, running, clock):

@@ -33,5 +33,14 @@ def test_a_user_error_is_not_retried_whatever_it_says_of_itself():
     assert not Failure("no_data", "empty", origin="user", retryable=True).may_retry
 
 
-def test_only_an_interruption_does_not_count_as_an_attempt():
-    assert Failure("rank_killed", "x").counts and not Failure("interrupted", "x").counts
+@pytest.mark.parametrize(
+    ("failure", "counts"),
+    [
+        (Failure("rank_killed", "x"), True),
+        (Failure("interrupted", "x"), False),
+        (Failure("out_of_memory", "x", retryable=True), False),
+        (Failure("out_of_memory", "x", retryable=False), True),
+    ],
+)
+def test_what_uses_up_an_attempt(failure, counts):
+    assert failure.counts is counts

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from jobs.spec import RECIPES, JobSpec
+from jobs.spec import RECIPES, JobSpec, weights_of
 from kbop_core.init.blockwise import BlockEffort
 
 QUICK = {"effort": "quick"}
@@ -144,3 +144,42 @@ def test_without_evaluation_text_the_held_out_part_of_the_training_text_is_used(
 def test_equal_specs_have_equal_digests_and_others_have_not() -> None:
     one, same, other = (JobSpec.model_validate(BASE | {"seed": seed}) for seed in (1, 1, 2))
     assert one.digest() == same.digest() != other.digest()
+
+
+def sources(*weights: float | None) -> list[dict[str, Any]]:
+    return [{"source": f"/{n}.txt"} | ({} if w is None else {"weight": w}) for n, w in enumerate(weights)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"eval": sources(None, 1.0)}, r"eval\[1\].weight has no effect"),
+        ({"data": sources(2.0)}, r"data\[0\].weight has no effect: there is no other source"),
+        ({"data": sources(1.0, None, 3.0)}, r"data\[1\] has no weight and others have"),
+    ],
+)
+def test_a_weight_that_cannot_take_effect_is_refused(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        JobSpec.model_validate(BASE | changes)
+
+
+@pytest.mark.parametrize(
+    ("weight", "says"),
+    [
+        (0, "greater than 0"),
+        (-1.0, "greater than 0"),
+        (float("nan"), "finite number"),
+        (float("inf"), "finite number"),
+        (1e6 + 1, "less than or equal to 1000000"),
+        ("much", "valid number"),
+    ],
+)
+def test_a_weight_that_is_no_positive_number_is_refused(weight: Any, says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        JobSpec.model_validate(BASE | {"data": sources(1.0, weight)})
+
+
+def test_weights_go_with_the_training_side_of_a_source_alone() -> None:
+    train, evaluation = JobSpec.model_validate(BASE | {"data": sources(1, 0.5)}).resolved_data()
+    assert (weights_of(train), weights_of(evaluation)) == ([1.0, 0.5], None)
+    assert weights_of(JobSpec.model_validate(BASE | {"data": sources(None, None)}).data) is None

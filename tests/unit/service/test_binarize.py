@@ -15,7 +15,7 @@ from typing import NoReturn
 import pytest
 
 from jobs.records import JobRecord, JobStatus
-from jobs.runner import RunnerSettings
+from jobs.runner_settings import RunnerSettings
 from service import binarize
 from service.binarize import BinarizeRequest, run_here
 

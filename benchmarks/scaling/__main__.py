@@ -1,0 +1,199 @@
+"""`make bench-scaling`: what the sharded state holds, sends and costs, beside latent weights under ZeRO stage 2.
+
+Each case runs in ranks of its own, one thread each, on this machine; state is counted from live tensors, traffic from
+the arguments of the collectives (benchmarks/scaling/counters.py), and ratios of times are taken within this run. With
+a CUDA GPU the 1 B and 8 B shapes run as well. About ten minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from benchmarks.record import Claim, claim, publish
+from benchmarks.scaling.cases import SHAPES, Case
+from jobs.process import free_port
+
+#: Repeats of the timed cases; one and two ranks take turns.
+TURNS = 3
+TIMED = Case("13 M", "kbop", context=256, windows=8, steps=4)
+SMALL = Case("1 M", "kbop", context=64, windows=4, steps=1)
+
+
+def run(case: Case, size: int, device: str = "cpu") -> list[dict[str, Any]]:
+    """What each rank of a case found."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        base = os.environ | place | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": device, "SCALING_DEVICE": device}
+        command = [sys.executable, "-m", "benchmarks.scaling.cases", json.dumps(asdict(case))]
+        files = [Path(folder) / f"{rank}.json" for rank in range(size)]
+        ranks = [
+            subprocess.Popen(
+                [*command, str(file)],
+                env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )
+            for rank, file in enumerate(files)
+        ]
+        for rank in ranks:
+            _, words = rank.communicate()
+            if rank.returncode:
+                raise RuntimeError(f"a rank of {case} failed:\n{words.decode(errors='replace')[-3000:]}")
+        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def per_weight(found: dict[str, Any]) -> dict[str, float]:
+    return {kind: held / found["weights"] for kind, held in found["state_bytes"].items()}
+
+
+def state(rows: list[dict[str, Any]], claims: list[Claim]) -> None:
+    """Bytes between two steps, and bytes sent, for 1, 2 and 4 ranks."""
+    for evidence in ("bfloat16", "int8"):
+        for size in (1, 2, 4):
+            case = replace(TIMED, context=32, windows=4, steps=1, evidence=evidence)
+            ranks = run(case, size)
+            held = max((per_weight(found) for found in ranks), key=lambda kinds: sum(kinds.values()))
+            whole, bar = sum(held.values()), 1 / 8 + (2 if evidence == "bfloat16" else 1.0625) / size
+            signs = ranks[0]["wire_signs"] / ranks[0]["weights"]
+            extra = max(found["extra_bytes"] / found["largest_gradient"] for found in ranks)
+            rows.append(
+                row(
+                    "KBOP", size, evidence=evidence, state=whole, wire=signs if size > 1 else 0.0, extra_gradients=extra
+                )
+            )
+            label = f"{evidence}, {size} ranks" if size > 1 else f"{evidence}, 1 rank"
+            claims.append(
+                claim(f"bits and evidence, {label}", held["bits"] + held["evidence"], "bytes/weight", f"<= {bar:.6g}")
+            )
+            if evidence == "bfloat16":
+                claims.append(claim(f"with moments, {label}", whole, "bytes/weight", f"<= {bar:.6g}"))
+                claims.append(claim(f"step's peak over plain backward, {label}", extra, "largest gradients", "<= 1"))
+                if size > 1:
+                    claims.append(claim(f"sent per step, {label}", signs, "bytes/weight", "<= 2.125"))
+    for size in (2, 4):
+        found = run(replace(TIMED, context=32, windows=4, steps=1, method="latent", bf16=True), size)[0]
+        sent = found["wire_signs"] / found["weights"]
+        rows.append(row("latent, ZeRO 2", size, state=sum(per_weight(found).values()), wire=sent))
+        claims.append(claim(f"latent weights send, {size} ranks", sent, "bytes/weight", ">= 4"))
+
+
+def speed(rows: list[dict[str, Any]], claims: list[Claim]) -> None:
+    """Time of a step on one and two ranks, of its flips, and of a checkpoint."""
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    shares: dict[int, list[float]] = {1: [], 2: []}
+    last: dict[int, dict[str, Any]] = {}
+    latent: list[float] = []
+    for turn in range(TURNS):
+        for size in (1, 2):
+            last[size] = run(replace(TIMED, checkpoints=turn == TURNS - 1), size)[0]
+            seconds[size].append(last[size]["step_s"])
+            shares[size].append(last[size]["flip_s"] / last[size]["step_s"])
+        latent.append(run(replace(TIMED, method="latent"), 2)[0]["step_s"])
+    median = {size: statistics.median(values) for size, values in seconds.items()}
+    for size in (1, 2):
+        rows.append(row("KBOP", size, step_s=median[size], flips_share=statistics.median(shares[size])))
+        rows[-1] |= {f"{name}_s": value for name, value in last[size]["phases"].items()}
+    rows.append(row("latent, ZeRO 2", 2, step_s=statistics.median(latent)))
+    for size in (1, 2):
+        share = statistics.median(shares[size])
+        claims.append(claim(f"flips and bits' all-gather, {size} ranks", share, "share of the step", "<= 0.05"))
+    claims.append(claim("strong scaling, 2 ranks", median[1] / (2 * median[2]), "efficiency", ">= 0.8"))
+    claims.append(claim("KBOP step / latent step, 2 ranks", median[2] / statistics.median(latent), "ratio", "<= 1.1"))
+    stall = last[2]["checkpoint_copy_s"] / last[2]["checkpoint_whole_s"]
+    claims.append(claim("a checkpoint stops training, of its whole time", stall, "share", "<= 0.5"))
+
+
+def row(method: str, ranks: int, **values: Any) -> dict[str, Any]:
+    """A row with every column."""
+    columns = ("evidence", "state", "wire", "extra_gradients", "step_s", "flips_share")
+    return {"method": method, "ranks": ranks} | {name: values.get(name, "") for name in columns}
+
+
+def reductions(rows: list[dict[str, Any]]) -> None:
+    """The two ways to give gradients to their owners over gloo, one 2048 × 2048 layer, two ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_reductions, (free_port(), folder), nprocs=2)
+        found = json.loads((Path(folder) / "found.json").read_text())
+    for name, milliseconds in found.items():
+        rows.append(row(name, 2, step_s=milliseconds / 1e3))
+
+
+def _reductions(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    whole, found = torch.randn(2048, 2048), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        part = whole.to(dtype)
+        ways: dict[str, Callable[[torch.Tensor], Any]] = {
+            "reduce-scatter": _reduce_scatter,
+            "all-to-all and sum": _all_to_all,
+        }
+        for name, way in ways.items():
+            way(part)
+            began = time.perf_counter()
+            for _ in range(10):
+                way(part)
+            found[f"{name}, {str(dtype).removeprefix('torch.')}"] = 100 * (time.perf_counter() - began)
+    dist.destroy_process_group()
+    if rank == 0:
+        (Path(folder) / "found.json").write_text(json.dumps(found))
+
+
+def _reduce_scatter(part: torch.Tensor) -> None:
+    dist.reduce_scatter_tensor(torch.empty_like(part[:1024]), part)
+
+
+def _all_to_all(part: torch.Tensor) -> torch.Tensor:
+    received = torch.empty_like(part)
+    dist.all_to_all_single(received, part)
+    return received.view(2, 1024, 2048).sum(0, dtype=torch.float32)
+
+
+def gpu(rows: list[dict[str, Any]], claims: list[Claim]) -> None:
+    """1 B and 8 B shapes with their teacher on one GPU; latent weights beside them, which may not fit."""
+    gib = 2.0**30
+    for shape, limit in (("1 B", 24), ("8 B", 80)):
+        case = Case(shape, "kbop", context=2048, windows=4, steps=5, bf16=True, recompute=True)
+        for method in ("kbop", "latent"):
+            found = run(replace(case, method=method), 1, "cuda")[0]
+            name = f"{'KBOP' if method == 'kbop' else 'latent, ZeRO 2'}, {shape}"
+            rows.append(row(name, 1))
+            rows[-1] |= {key: found.get(key, "") for key in ("tokens_per_s", "mfu", "peak_bytes", "out_of_memory")}
+            if method == "kbop":
+                peak = found["peak_bytes"] / gib if "peak_bytes" in found else float("inf")
+                claims.append(claim(f"peak GPU memory, {shape} with its teacher", peak, "GiB", f"<= {limit}"))
+                if shape == "1 B":
+                    share = found["flip_s"] / found["step_s"]
+                    claims.append(claim("flips, GPU, 1 B weights", share, "share of the step", "<= 0.05"))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    claims: list[Claim] = []
+    state(rows, claims)
+    speed(rows, claims)
+    reductions(rows)
+    if torch.cuda.is_available():
+        gpu(rows, claims)
+    columns = {name: "" for one in rows for name in one}
+    weights = f"{SHAPES[TIMED.shape]}"
+    publish("scaling", "make bench-scaling", [columns | one | {"shape": weights} for one in rows], claims)
+
+
+if __name__ == "__main__":
+    main()
