@@ -30,6 +30,14 @@ from kbop_core.shard import Gang
 from kbop_core.teacher import LiveTeacher, Teacher
 from kbop_core.window_source import WindowSource
 
+#: What errors without a class of their own say where memory does not suffice: the host's allocator, CUDA, cuBLAS, NCCL.
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Cuda failure 2 'out of memory'",
+)
+
 
 @dataclass(frozen=True)
 class StepLayout:
@@ -234,7 +242,8 @@ def _micro_step(run: Run, step: int, micro_step: int) -> float:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device's memory, or the host's, does not suffice."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    text = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in text for words in OUT_OF_MEMORY)
 
 
 def _finite_mean(loss: Tensor, gang: Gang, step: int) -> float:

@@ -13,6 +13,7 @@ from kbop_core.errors import OutOfMemory
 from kbop_core.loop import Run, StepLayout, TrainConfig, is_out_of_memory, train
 from kbop_core.schedules import FlipSchedule
 from kbop_core.shard import Gang
+from kbop_core.window_source import WindowsInMemory
 
 #: What torch says where the host's memory does not suffice.
 HOST = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried 9 bytes."
@@ -20,6 +21,9 @@ FULL = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation"),
     MemoryError(),
     RuntimeError(HOST),
+    torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    torch.distributed.DistBackendError("NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"),
 ]
 
 
@@ -63,13 +67,13 @@ def run_of(learner: Callable) -> Callable[..., Run]:
         layout = StepLayout(3, 4, 1, micro_batch)
         one = learner(4, 8, FlipSchedule(0.1, 5, 1), micro_steps=layout.micro_steps)
         engine: Any = Engine(part, error, lambda: one.layer.gradient_sink(torch.ones(4, 8)))
-        windows = torch.zeros(6, 3, dtype=torch.int64)
+        windows = WindowsInMemory(torch.zeros(6, 3, dtype=torch.int64), seed=0)
         return Run(TrainConfig(5), layout, Gang(), Half(), engine, one.kbop, windows, torch.device("cpu"))
 
     return make
 
 
-@pytest.mark.parametrize("error", FULL, ids=["device", "python", "host"])
+@pytest.mark.parametrize("error", FULL, ids=["device", "python", "host", "accelerator", "cublas", "nccl"])
 @pytest.mark.parametrize("part", ["forward", "backward", "step"])
 def test_running_out_of_memory_is_named_wherever_in_a_step_it_happens(
     part: str, error: Exception, run_of: Callable[..., Run]
