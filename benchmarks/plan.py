@@ -38,6 +38,7 @@ from kbop_core.convert import convert_plain, plan_conversion
 from kbop_core.engine import gang_of_ranks
 from kbop_core.loop import StepLayout, TrainConfig, start_run, train
 from kbop_core.shard import Gang
+from kbop_core.window_source import WindowsInMemory
 
 STEPS = 2
 #: A configuration whose ranks take longer than this hangs, seconds.
@@ -139,9 +140,9 @@ def run_once(config: Configuration, gang: Gang) -> dict[str, int]:
     layout = StepLayout(
         config.context, config.micro_batch * config.micro_steps * config.ranks, config.ranks, config.micro_batch
     )
-    ids = torch.randint(0, config.vocabulary, (layout.windows, config.context))
+    windows = WindowsInMemory(torch.randint(0, config.vocabulary, (layout.windows, config.context)), seed=0)
     settings = TrainConfig(steps=10, zero_stage=config.zero_stage, evidence=config.evidence)
-    run = start_run(student, teacher, ids, settings, layout, gang)
+    run = start_run(student, teacher, windows, settings, layout, gang)
     for _ in train(run, range(STEPS)):
         pass
     run.engine.close()
