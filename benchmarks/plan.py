@@ -140,9 +140,9 @@ def run_once(config: Configuration, gang: Gang) -> dict[str, int]:
     layout = StepLayout(
         config.context, config.micro_batch * config.micro_steps * config.ranks, config.ranks, config.micro_batch
     )
-    windows = WindowsInMemory(torch.randint(0, config.vocabulary, (layout.windows, config.context)), seed=0)
+    ids = torch.randint(0, config.vocabulary, (layout.windows, config.context))
     settings = TrainConfig(steps=10, zero_stage=config.zero_stage, evidence=config.evidence)
-    run = start_run(student, teacher, windows, settings, layout, gang)
+    run = start_run(student, teacher, WindowsInMemory(ids, 0), settings, layout, gang)
     for _ in train(run, range(STEPS)):
         pass
     run.engine.close()

@@ -26,7 +26,7 @@ from jobs.sources import ModelSource, locate_model
 from jobs.spec import JobSpec, weights_of
 from jobs.stop import Stop
 from kbop_core.convert import ConversionPlan, plan_conversion
-from kbop_core.errors import DamagedTokens
+from kbop_core.errors import DamagedTokens, UnsupportedModel
 from kbop_core.hf import Model, Tokenizer, load_lazily, load_model, load_tokenizer
 from kbop_core.loop import StepLayout, layout_steps
 from kbop_core.shard import Gang
@@ -96,11 +96,26 @@ class Workspace:
 
     def fresh_model(self) -> Model:
         """Another copy of the model as it was given, to be changed; its blocks stay on disk if the spec says so."""
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         source, resources = self.model_source, self.spec.resources
         if resources.offload == "blocks" or resources.teacher != "resident":
-            return load_lazily(source.location, source.revision, dtype, self.device)
-        return load_model(source.location, source.revision, dtype).to(self.device)
+            return load_lazily(source.location, source.revision, self.dtype, self.device)
+        return load_model(source.location, source.revision, self.dtype).to(self.device)
+
+    def model_to_binarize(self) -> Model:
+        """A copy whose blocks are read one by one when they are made binary, so that it is never whole in memory.
+
+        A model whose files do not allow that (load_lazily) is loaded whole.
+        """
+        source = self.model_source
+        try:
+            return load_lazily(source.location, source.revision, self.dtype, self.device)
+        except UnsupportedModel:
+            return self.fresh_model()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the models' floating-point weights."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     @cached_property
     def plan(self) -> ConversionPlan:

@@ -9,27 +9,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: Logits whose KL is computed at once: 2^24 in float32 are 64 MiB.
+CHUNK = 2**24
 #: Below this log-probability the rest of a teacher's distribution counts as nothing.
 LEAST_REST = -40.0
 
 
 class _KullbackLeibler(torch.autograd.Function):
-    """Mean KL(p ‖ q) with q = softmax(z), and its gradient (q − p)/rows in one pass.
+    """Mean KL(p ‖ q) with q = softmax(z), and its gradient (q − p)/rows, made together and `CHUNK` numbers at a time.
 
-    Autograd through log_softmax and kl_div makes the same numbers with twice the passes over (rows, V).
+    What outlives the forward pass is the gradient alone, in the dtype of z. Autograd through log_softmax and kl_div
+    makes the same numbers with twice the passes over (rows, V) and several float32 copies of it.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, log_p: Tensor) -> Tensor:
-        log_q = torch.log_softmax(logits, dim=-1)
-        p = log_p.exp()
-        ctx.save_for_backward(log_q, p)
-        return (p * (log_p - log_q)).sum() / len(p)
+    def forward(ctx: Any, logits: Tensor, teacher: Tensor, are_log_probs: bool) -> Tensor:
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), device=logits.device)
+        rows = max(1, CHUNK // logits.shape[-1])
+        for start in range(0, len(logits), rows):
+            part = slice(start, start + rows)
+            log_q = torch.log_softmax(logits[part].float(), dim=-1)
+            log_p = teacher[part] if are_log_probs else torch.log_softmax(teacher[part].float(), dim=-1)
+            p = log_p.exp()
+            total += (p * (log_p - log_q)).sum()
+            if gradient is not None:
+                gradient[part] = log_q.exp_().sub_(p)
+        ctx.save_for_backward(gradient)
+        return total / len(logits)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        log_q, p = ctx.saved_tensors
-        return log_q.exp().sub_(p).mul_(gradients[0] / len(p)), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * (gradients[0] / len(gradient)), None, None
 
 
 def distillation_loss(student_BTV: Tensor, teacher_BTV: Tensor) -> Tensor:
@@ -39,7 +51,7 @@ def distillation_loss(student_BTV: Tensor, teacher_BTV: Tensor) -> Tensor:
         student_BTV: logits, any floating dtype.
         teacher_BTV: logits of the same shape, no gradient.
     """
-    return kl_to_log_probs(student_BTV, torch.log_softmax(teacher_BTV.float(), dim=-1))
+    return _mean_kl(student_BTV, teacher_BTV, False)
 
 
 def kl_to_log_probs(student_BTV: Tensor, log_p_BTV: Tensor) -> Tensor:
@@ -49,9 +61,13 @@ def kl_to_log_probs(student_BTV: Tensor, log_p_BTV: Tensor) -> Tensor:
         student_BTV: logits, any floating dtype.
         log_p_BTV: natural logarithms, finite, float32, same shape, no gradient.
     """
+    return _mean_kl(student_BTV, log_p_BTV, True)
+
+
+def _mean_kl(student_BTV: Tensor, teacher_BTV: Tensor, are_log_probs: bool) -> Tensor:
     vocabulary = student_BTV.shape[-1]
-    logits, log_p = student_BTV.float().reshape(-1, vocabulary), log_p_BTV.reshape(-1, vocabulary)
-    loss: Tensor = _KullbackLeibler.apply(logits, log_p)  # type: ignore[no-untyped-call]
+    logits, teacher = student_BTV.reshape(-1, vocabulary), teacher_BTV.reshape(-1, vocabulary)
+    loss: Tensor = _KullbackLeibler.apply(logits, teacher, are_log_probs)  # type: ignore[no-untyped-call]
     return loss
 
 

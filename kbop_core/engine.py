@@ -30,6 +30,10 @@ from kbop_core.lazy import blocks_on_disk, keep
 from kbop_core.shard import Gang
 from kbop_core.slices import Slice, SliceReader
 
+#: Elements that ZeRO reduces or gathers at once: 64 MiB in bfloat16. Its default holds 1 GB, however small the model.
+BUCKET = 2**25
+_BUCKETS = ("reduce_bucket_size", "allgather_bucket_size")
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -56,7 +60,7 @@ class EngineConfig:
             "train_micro_batch_size_per_gpu": self.micro_batch,
             "gradient_accumulation_steps": self.micro_steps,
             "gradient_clipping": self.clip,
-            "zero_optimization": {"stage": self.zero_stage},
+            "zero_optimization": {"stage": self.zero_stage} | dict.fromkeys(_BUCKETS, BUCKET),
             "bf16": {"enabled": self.bf16},
             "steps_per_print": 10**9,
         }

@@ -1,7 +1,8 @@
 """KBOP: the flip rule and its optimizer. Everything that decides whether a weight changes its sign is in this file.
 
 Refuses to know how gradients are computed (layers.py), who owns which rows (shard.py), how evidence is stored
-(evidence.py), how second moments are measured (moments.py) or how scales learn (engine.py).
+(evidence.py), how second moments are measured (moments.py), how the k-th largest score of all ranks is found
+(selection.py) or how scales learn (engine.py).
 
 A weight is a sign s ∈ {±1} and has no latent value behind it. Its gradient at the binary point, g = ∂loss/∂s, says
 what a flip would do: s → −s changes the loss by about −2 s·g (first order), so a flip helps where s·g > 0. One noisy
@@ -49,7 +50,6 @@ With gradients that sum exactly, 1, 2 or 3 ranks flip the same weights.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -65,6 +65,7 @@ from kbop_core.layers import BinaryLayer
 from kbop_core.moments import Moments, random_signs
 from kbop_core.reversals import Reversals
 from kbop_core.schedules import FlipSchedule, MomentumSchedule
+from kbop_core.selection import kth_largest, largest
 from kbop_core.shard import Gang
 from kbop_core.slices import Slice, SliceReader
 
@@ -103,18 +104,6 @@ def _inverse_power(moment: Tensor, top: Tensor) -> Tensor:
     """(moment/top)^−p in float64, so that no unit of the loss under- or overflows; 0 where the moment is 0."""
     relative = moment.double() / top.double()
     return torch.where(moment > 0, relative.pow(-POWER), 0.0).float()
-
-
-def flip_threshold(scores: Tensor, count: int) -> float:
-    """The score that a flip must exceed so that at most `count` flip: the (count+1)-th largest, at least 0.
-
-    Args:
-        scores: one dimension; any superset of the layer's count+1 largest.
-        count: k_t ≥ 0.
-    """
-    if count >= scores.numel():
-        return 0.0
-    return max(0.0, float(scores.topk(count + 1).values[-1]))
 
 
 # -- the optimizer ----------------------------------------------------------------------------------------------------
@@ -262,8 +251,8 @@ class KBOP:
         self._check_arrivals()
         self._take_moments()
         counts = [self.schedule.count(self.steps_done, s.layer.signs_count) for s in self.shards.values()]
-        best = [_largest(_scores(shard), count) for shard, count in zip(self.shards.values(), counts, strict=True)]
-        thresholds = self._thresholds([values for values, _ in best], counts)
+        best = [largest(_scores(shard), count + 1) for shard, count in zip(self.shards.values(), counts, strict=True)]
+        thresholds = kth_largest([values for values, _ in best], [count + 1 for count in counts], self.gang)
         counted = []
         for shard, (values, places), threshold in zip(self.shards.values(), best, thresholds, strict=True):
             counted.append(_flip(shard, places[values > threshold]))
@@ -299,12 +288,6 @@ class KBOP:
             f"at step {self.steps_done}; no sign was flipped in this step",
             "resume from the last checkpoint with smaller learning rates, or look for NaN in the data's loss",
         )
-
-    def _thresholds(self, values: list[Tensor], counts: list[int]) -> list[float]:
-        """Each layer's flip threshold from every rank's best scores: one all-gather."""
-        gathered = [g.split([v.numel() for v in values]) for g in self.gang.all_gather(torch.cat(values))]
-        layers = zip(*gathered, strict=True)
-        return [flip_threshold(torch.cat(parts), count) for parts, count in zip(layers, counts, strict=True)]
 
     def _share_bits(self) -> None:
         """All-gather of packed bits."""
@@ -362,25 +345,6 @@ class KBOP:
 def _scores(shard: _Shard) -> Tensor:
     signs = unpack_signs(shard.bits, shard.layer.in_features)
     return evidence_scores(signs, shard.evidence.values(), shard.moments.row, shard.moments.column).view(-1)
-
-
-def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The count+1 largest scores (zeros appended when there are fewer) and their places.
-
-    A sample gives a bound that about twice as many exceed, so that only those are sorted: the result is the same.
-    """
-    wanted = count + 1
-    places = None
-    if scores.numel() > 65_536 and wanted * 16 < scores.numel():
-        sample = scores[:: scores.numel() // 16_384]
-        bound = sample.topk(2 * math.ceil(wanted * sample.numel() / scores.numel()) + 8).values[-1]
-        places = (scores > bound).nonzero().squeeze(1)
-    if places is None or places.numel() < wanted:
-        places = torch.arange(scores.numel(), device=scores.device)
-    top = scores[places].topk(min(wanted, places.numel()))
-    missing = wanted - top.values.numel()
-    values = torch.cat([top.values, top.values.new_zeros(missing)])
-    return values, torch.cat([places[top.indices], places.new_zeros(missing)])
 
 
 def _flip(shard: _Shard, places: Tensor) -> Tensor:

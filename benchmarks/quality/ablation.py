@@ -12,8 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kbop_core.kbop import MIRROR, flip_threshold
+from kbop_core.kbop import MIRROR
 from kbop_core.schedules import FlipSchedule, MomentumSchedule
+from kbop_core.selection import kth_largest
+from kbop_core.shard import Gang
 
 Normalisation = Literal["factored", "evidence", "row", "element", "none"]
 
@@ -77,7 +79,11 @@ class ShareRule:
         turn = step % self.every == self.phase or step == self.schedule.steps - 1
         count, self.waiting = (self.waiting, 0) if turn else (0, self.waiting)
         best = flat.topk(min(count + 1, flat.numel())).values
-        mask = scores > flip_threshold(best, count) if count else torch.zeros_like(scores, dtype=torch.bool)
+        mask = (
+            scores > kth_largest([best], [count + 1], Gang())[0]
+            if count
+            else torch.zeros_like(scores, dtype=torch.bool)
+        )
         self.evidence = torch.where(mask, self.kept_at_flip * self.evidence, self.evidence)
         return mask
 

@@ -56,7 +56,7 @@ def train(space: Workspace) -> dict[str, Any]:
 
 
 def _train(space: Workspace) -> dict[str, Any]:
-    student = space.fresh_model()
+    student = space.model_to_binarize()
     convert_plain(student, space.plan, trainable=True)
     load_student(student, space.init_student)
     teacher, phases = training_teacher(space), _phases(space.device)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kbop_core import distill
 from kbop_core.distill import distillation_loss, teacher_logits, top_k_loss, top_targets
 from kbop_core.loop import StepLayout, TrainConfig, layout_steps
 
@@ -29,6 +30,17 @@ def test_equal_logits_lose_nothing_and_pull_nowhere() -> None:
     assert float(loss.detach()) == pytest.approx(0.0, abs=1e-6)
     assert student.grad is not None
     assert float(student.grad.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("at_once", [1, 14, 20, 41, 42, 1000])
+def test_the_loss_in_pieces_is_the_loss(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = torch.randn(2, 3, 7, requires_grad=True), torch.randn(2, 3, 7)
+    whole = distillation_loss(student, teacher)
+    (expected,) = torch.autograd.grad(whole, student)
+    monkeypatch.setattr(distill, "CHUNK", at_once)
+    pieces = distillation_loss(student, teacher)
+    assert pieces.item() == pytest.approx(whole.item(), rel=1e-6)
+    assert torch.equal(torch.autograd.grad(pieces, student)[0], expected)
 
 
 def test_top_k_is_the_kl_of_k_tokens_and_any_other() -> None:

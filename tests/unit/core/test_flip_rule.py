@@ -8,7 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kbop_core.kbop import POWER, _largest, evidence_scores, flip_threshold
+from kbop_core.kbop import POWER, evidence_scores
+from kbop_core.selection import kth_largest, largest
+from kbop_core.shard import Gang
 
 
 def moments(shape: tuple[int, int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,6 +68,10 @@ def test_moments_of_very_different_size_give_finite_scores(least: float) -> None
     assert not scores[:, 1].any()
 
 
+def flip_threshold(scores: torch.Tensor, count: int) -> float:
+    return kth_largest([scores], [count + 1], Gang())[0]
+
+
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), st.integers(0, 45))
 def test_at_most_count_scores_exceed_the_threshold_and_none_of_them_is_negative(values: list[int], count: int) -> None:
     scores = torch.tensor(values, dtype=torch.float32)
@@ -95,7 +101,7 @@ def full_sort(scores: torch.Tensor, count: int) -> list[float]:
 @pytest.mark.parametrize("count", [0, 1, 7, 300, 4000])
 def test_the_largest_scores_are_those_of_a_full_sort(numel: int, count: int) -> None:
     scores = torch.randn(numel, generator=torch.Generator().manual_seed(numel))
-    values, places = _largest(scores, count)
+    values, places = largest(scores, count + 1)
     expected = full_sort(scores, count)
     assert values[: len(expected)].tolist() == expected
     assert values[len(expected) :].tolist() == [0.0] * (count + 1 - len(expected))
@@ -113,12 +119,30 @@ def test_a_sample_that_misleads_does_not_change_the_largest(kind: str) -> None:
         "few levels": torch.arange(n).remainder(5).float(),
         "negative": -torch.arange(n).float(),
     }[kind]
-    values, places = _largest(scores, count)
+    values, places = largest(scores, count + 1)
     assert values.tolist() == full_sort(scores, count)
     assert len(set(places.tolist())) == count + 1
 
 
 def test_no_scores_at_all_are_zeros() -> None:
-    values, places = _largest(torch.empty(0), 3)
+    values, places = largest(torch.empty(0), 4)
     assert values.tolist() == [0.0] * 4
     assert places.tolist() == [0] * 4
+
+
+@given(
+    st.lists(st.lists(st.floats(-4, 4, width=32), max_size=30), min_size=1, max_size=4),
+    st.lists(st.integers(1, 35), min_size=4, max_size=4),
+)
+def test_the_kth_largest_of_each_layer_is_that_of_a_sort(layers: list[list[float]], ranks: list[int]) -> None:
+    ranks = ranks[: len(layers)]
+    found = kth_largest([torch.tensor(values) for values in layers], ranks, Gang())
+    for values, k, value in zip(layers, ranks, found, strict=True):
+        ordered = sorted((max(0.0, v) for v in values), reverse=True)
+        assert value == (ordered[k - 1] if k <= len(ordered) else 0.0)
+
+
+@pytest.mark.parametrize("value", [2.0**-149, 2.0**-126, 1e-30, 1.0, 3.4e38])
+def test_the_kth_largest_is_exact_from_the_smallest_to_the_largest_number(value: float) -> None:
+    values = torch.tensor([value, value, 0.0, -value])
+    assert kth_largest([values], [2], Gang()) == [float(values[0])]
