@@ -255,9 +255,12 @@ def test_resuming_is_exact_in_bfloat16_with_every_zero_stage(stage: int, size: i
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 @pytest.mark.parametrize("size", [1, 2])
-def test_in_bfloat16_too_the_zero_stage_changes_nothing_but_roundings(stage: int, size: int, outcome: Outcome) -> None:
+def test_in_bfloat16_too_the_first_step_is_the_same_with_every_zero_stage(
+    stage: int, size: int, outcome: Outcome
+) -> None:
+    """Later ones part: gradients are rounded in another order, and flips hang in the balance."""
     runs = outcome(size, "half_precision", 0)
-    assert runs[stage]["losses"] == pytest.approx(runs[1]["losses"], rel=0.01)
+    assert runs[stage]["losses"][:2] == pytest.approx(runs[1]["losses"][:2], rel=2e-3)
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
