@@ -126,5 +126,6 @@ def _steps(space: Workspace, run: Run, start: int, checkpoints: Path) -> None:
             writer.save(done, run.engine, run.kbop, run.layout.windows)
         if stop and done < space.steps:
             writer.wait()
+            barrier(run.gang)  # a rank that ended before the checkpoint is complete would take rank 0 down with it
             raise StopAsked
     writer.wait()
