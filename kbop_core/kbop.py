@@ -62,7 +62,7 @@ from kbop_core.bits import unpack_signs
 from kbop_core.errors import BadCheckpoint, GradientContract, NonFiniteGradient
 from kbop_core.evidence import Evidence, EvidenceKind, make_evidence
 from kbop_core.layers import BinaryLayer
-from kbop_core.moments import Moments, random_signs
+from kbop_core.moments import Moments, mean_squares, random_signs
 from kbop_core.reversals import Reversals
 from kbop_core.schedules import FlipSchedule, MomentumSchedule
 from kbop_core.selection import kth_largest, largest
@@ -272,14 +272,19 @@ class KBOP:
             )
 
     def _take_moments(self) -> None:
-        """Fold this step's projections into r and c, exact over shards: one all-reduce for all layers."""
-        sketches = [s.moments.column_sketch for s in self.shards.values()]
-        flat = self.gang.sum(torch.cat([sketch.reshape(-1) for sketch in sketches]))
-        summed = flat.split([sketch.numel() for sketch in sketches])
-        if not bool(flat.isfinite().all()):
-            self._raise_non_finite(summed)
-        for shard, sketch in zip(self.shards.values(), summed, strict=True):
-            shard.moments.update(sketch, self.gang.size, self.steps_done)
+        """Fold this step's projections into r and c, exact over shards.
+
+        The columns' projections are summed like a layer's gradient, each rank squares its part of the columns, and all
+        get the result: 2·PROBES + 4 bytes a column on the wire, and a mark where something was not finite.
+        """
+        sketches = torch.cat([s.moments.column_sketch.t() for s in self.shards.values()])
+        squares = mean_squares(self.gang.reduce_scatter_rows(sketches)(), self.gang.size)
+        (whole,) = self.gang.gather_rows([squares], [len(sketches)])
+        columns = whole.split([s.layer.in_features for s in self.shards.values()])
+        if not bool(whole.isfinite().all()):
+            self._raise_non_finite(columns)
+        for shard, squares in zip(self.shards.values(), columns, strict=True):
+            shard.moments.update(squares, self.gang.size, self.steps_done)
 
     def _raise_non_finite(self, columns: tuple[Tensor, ...]) -> None:
         names = [n for n, c in zip(self.shards, columns, strict=True) if not bool(c.isfinite().all())]

@@ -23,6 +23,16 @@ def random_signs(count: int) -> Tensor:
     return bits.mul_(2).sub_(1).float()
 
 
+def mean_squares(sketch_RP: Tensor, ranks: int) -> Tensor:
+    """Mean over the projections of (sketch/ranks)², float32 (R,); NaN where a projection was not finite.
+
+    Finite ones beyond what float32 can square give its largest number.
+    """
+    squares = sketch_RP.double().square_().mean(1) / ranks**2
+    most = torch.finfo(torch.float32).max
+    return torch.where(squares.isfinite(), squares.clamp_max(most), torch.nan).float()
+
+
 class Moments:
     """r of one rank's rows and c of one layer, with the projections of the step that is under way.
 
@@ -46,19 +56,17 @@ class Moments:
         self.row_sketch.addmm_(gradient_RI, probes[: self.width])
         self.column_sketch.addmm_(probes[self.rows].t(), gradient_RI)
 
-    def update(self, column_sketch: Tensor, ranks: int, steps_done: int) -> None:
+    def update(self, column_squares: Tensor, ranks: int, steps_done: int) -> None:
         """Fold the step's projections into r and c, and forget them.
 
         Args:
-            column_sketch: Ωᵀ g of all ranks.
+            column_squares: float32 (I,), `mean_squares` of Ωᵀ g of all ranks.
             ranks: whose gradients were summed; the moments are those of their mean.
             steps_done: steps before this one.
         """
         gain = max(1.0 - MOMENT_DECAY, 1.0 / (steps_done + 1))  # a plain mean while there are few
-        columns = column_sketch.view_as(self.column_sketch).double().square_().mean(0) / self.height
-        rows = self.row_sketch.double().square_().mean(1) / self.width
-        for moment, fresh in ((self.row, rows), (self.column, columns)):
-            moment.lerp_((fresh / ranks**2).float(), gain)
+        self.row.lerp_(mean_squares(self.row_sketch, ranks) / self.width, gain)
+        self.column.lerp_(column_squares / self.height, gain)
         self.forget()
 
     def forget(self) -> None:

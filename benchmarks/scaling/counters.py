@@ -46,7 +46,8 @@ class Wire:
         def counted(*args: Any, **kwargs: Any) -> Any:
             value: Any = kwargs[argument] if argument in kwargs else args[_PLACES.get(argument, 0)]
             tensors: list[Tensor] = [value] if isinstance(value, Tensor) else list(value)
-            self.bytes[self.label][name] += times * sum(t.nbytes for t in tensors)
+            label = "signs" if name == "all_to_all_single" else self.label  # DeepSpeed uses none here
+            self.bytes[label][name] += times * sum(t.nbytes for t in tensors)
             return function(*args, **kwargs)
 
         return counted
