@@ -26,6 +26,7 @@ class Journal:
         self._stage = ""
         self._stage_start = self._first_at = self._last_progress = 0.0
         self._first_step: int | None = None
+        self._last = (0, 0)
 
     def stage(self, name: str, state: str, seconds: float | None = None) -> None:
         """A stage `started`, `finished` (with its seconds) or was `skipped` because it was done before."""
@@ -34,10 +35,15 @@ class Journal:
         self._write({"kind": "stage", "stage": name, "state": state, **timing})
 
     def progress(self, step: int, steps: int, **metrics: float) -> None:
-        """`step` of `steps` of the current stage are done; the time left follows from the pace since the first call."""
+        """`step` of `steps` of the current stage are done; the time left follows from the pace since the first call.
+
+        A stage may have several parts: one begins when `steps` changes or `step` goes back, and has a pace of its own.
+        """
         now = time.monotonic()
-        if self._first_step is None:
+        last_step, last_steps = self._last
+        if self._first_step is None or steps != last_steps or step < last_step:
             self._first_step, self._first_at = step, now
+        self._last = (step, steps)
         if now - self._last_progress < PROGRESS_EVERY_S and step < steps:
             return
         self._last_progress = now

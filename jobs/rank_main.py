@@ -84,12 +84,25 @@ def describe(error: Exception) -> RankError | None:
         return RankError(error.code, str(error), getattr(error, "hint", ""), False, "user")
     if is_disk_full(error):
         return RankError("disk_full", "no space left on the device", "free disk space and resume", True, "system")
+    if isinstance(error, MemoryError | RuntimeError) and (lacking := _describe_memory(error)):
+        return lacking
     text = str(error)
     if "EADDRINUSE" in text or "address already in use" in text.lower():
         return RankError(
             "port_taken", "the rendezvous port was taken", "the next attempt takes another", True, "system"
         )
     return None
+
+
+def _describe_memory(error: MemoryError | RuntimeError) -> RankError | None:
+    """Memory that ran out outside a training step: there is nothing smaller to try. None for another error."""
+    from kbop_core.loop import is_out_of_memory
+
+    if not is_out_of_memory(error):
+        return None
+    words = str(error).partition("\n")[0] or type(error).__name__
+    hint = "set resources.teacher to 'offloaded', shorten method.context, or use devices with more memory"
+    return RankError("out_of_memory", f"the memory does not suffice: {words}", hint, False, "system")
 
 
 def _leave(attempt_dir: Path, error: RankError) -> None:

@@ -158,6 +158,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config.to_deepspeed(), dist_init_required=False
         )
+        optimizer.state.clear()  # at stage 0 in bfloat16 DeepSpeed has made a step of zeros, which AdamW would count
         limit_collectives(timeout_s)
         trained = {n: p for n, p in self._engine.module.named_parameters() if p.requires_grad}
         self._fragments = Fragments(self._engine.optimizer, trained, gang)

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: Dense bfloat16 operations a second by GPU, from the vendors' data sheets; the first name that is part of the
+#: Dense bfloat16 operations a second by GPU, from the vendors' data sheets; the first name whose words are in the
 #: device's own name counts.
 PEAK_BF16 = {
     "B200": 2.25e15,
+    "GH200": 989.4e12,
+    "H200 NVL": 835.5e12,
     "H200": 989.4e12,
     "H100 NVL": 835.5e12,
     "H100 PCIe": 756.5e12,
@@ -27,6 +29,8 @@ PEAK_BF16 = {
     "RTX 4090": 165.2e12,
     "RTX 3090": 71e12,
 }
+#: Words that tell a GPU, or a part of one, from its namesake in the table.
+OTHER_MODELS = ("Ti", "D", "Laptop", "MIG")
 
 
 @dataclass(frozen=True)
@@ -57,5 +61,8 @@ def flops_per_token(size: ModelSize, context: int, live_teacher: bool) -> float:
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bfloat16 operations a second of a GPU; None for one that is not in the table."""
-    return next((peak for name, peak in PEAK_BF16.items() if name in device_name), None)
+    """Dense bfloat16 operations a second of a GPU, by the name its driver gives; None for one not in the table."""
+    words = f" {device_name.replace('-', ' ')} "  # whole words: an L40 is no L4, an A1000 no A100
+    if any(f" {word} " in words for word in OTHER_MODELS):
+        return None
+    return next((peak for name, peak in PEAK_BF16.items() if f" {name} " in words), None)

@@ -30,6 +30,14 @@ from kbop_core.shard import Gang
 from kbop_core.teacher import LiveTeacher, Teacher
 from kbop_core.window_source import WindowSource
 
+#: What errors without a class of their own say where memory does not suffice: the host's allocator, CUDA, cuBLAS, NCCL.
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Cuda failure 2 'out of memory'",
+)
+
 
 @dataclass(frozen=True)
 class StepLayout:
@@ -194,41 +202,48 @@ def train(run: Run, steps: Iterable[int]) -> Iterator[StepMetrics]:
         NonFiniteGradient: on every rank, before the step counts: the run goes on from its last checkpoint.
         OutOfMemory: on the rank that met it: the others wait for it, so the run must end.
     """
-    phase = run.gang.phases.phase
     for step in steps:
-        run.engine.set_learning_rates(warmup_cosine(step, run.config.steps, run.config.warmup_steps))
-        total = 0.0
-        for micro_step in range(run.layout.micro_steps):
-            total += _micro_step(run, step, micro_step)
-            if micro_step < run.layout.micro_steps - 1:
-                run.engine.step()
-        with phase("flips"):
-            stats = run.kbop.step()
-        with phase("optimizer"):
+        try:
+            metrics = _step(run, step)
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                raise OutOfMemory(run.layout.micro_batch, reason) from error
+            raise
+        yield metrics
+
+
+def _step(run: Run, step: int) -> StepMetrics:
+    phase = run.gang.phases.phase
+    run.engine.set_learning_rates(warmup_cosine(step, run.config.steps, run.config.warmup_steps))
+    total = 0.0
+    for micro_step in range(run.layout.micro_steps):
+        total += _micro_step(run, step, micro_step)
+        if micro_step < run.layout.micro_steps - 1:
             run.engine.step()
-        yield StepMetrics(step, total / run.layout.micro_steps, stats, run.gang.phases.take())
+    with phase("flips"):
+        stats = run.kbop.step()
+    with phase("optimizer"):
+        run.engine.step()
+    return StepMetrics(step, total / run.layout.micro_steps, stats, run.gang.phases.take())
 
 
 def _micro_step(run: Run, step: int, micro_step: int) -> float:
     """Forward and backward pass of a micro-step; its mean loss over ranks."""
     phase = run.gang.phases.phase
     ids, numbers = run.batch(step, micro_step)
-    try:
-        with phase("forward"):
-            loss = run.teacher.loss(run.engine(ids), ids, numbers)
-            mean = _finite_mean(loss, run.gang, step)
-        with phase("backward"):
-            run.engine.backward(loss)
-    except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise OutOfMemory(run.layout.micro_batch, str(error).splitlines()[0]) from error
-        raise
+    with phase("forward"):
+        loss = run.teacher.loss(run.engine(ids), ids, numbers)
+        mean = _finite_mean(loss, run.gang, step)
+    with phase("backward"):
+        run.engine.backward(loss)
     return mean
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device's memory, or the host's, does not suffice."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    text = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in text for words in OUT_OF_MEMORY)
 
 
 def _finite_mean(loss: Tensor, gang: Gang, step: int) -> float:

@@ -41,17 +41,17 @@ class Phases:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time of the block for `name`."""
-        self._turn()
+        self._turn(nested=bool(self._open))
         self._open.append(name)
         try:
             yield
         finally:
-            self._turn()
+            self._turn(nested=len(self._open) > 1)
             self._open.pop()
 
-    def _turn(self) -> None:
-        """Give what has passed since the last change to the innermost open phase."""
-        if self._open[:1] != ["backward"] or len(self._open) == 1:
+    def _turn(self, nested: bool) -> None:
+        """Give what has passed since the last change to the innermost open phase; `nested`: another stays open."""
+        if not (nested and self._open[0] == "backward"):
             self._settle()
         now = self._clock()
         if self._open:

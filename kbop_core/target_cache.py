@@ -6,11 +6,13 @@ k = 64. Half precision moves a log-probability of −4 by up to 0.002.
 Refuses to know models: it is given a function from token ids to log-probabilities.
 
     targets-00000.safetensors …    ids (W, T, K), log_p (W, T, K), log_rest (W, T) of `PART` windows, by their
-                                   numbers; a part is complete or not there, so that a stopped run goes on
+                                   numbers, which are in the header; a part is complete or not there, so that a
+                                   stopped run goes on; one of other windows is written anew
 """
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -80,12 +82,22 @@ class TargetCache:
         self._folder.mkdir(parents=True, exist_ok=True)
         mine = range(gang.rank, self.parts, gang.size)
         for done, part in enumerate(mine, 1):
-            if not self._path(part).is_file():
+            if not self._is_written(part):
                 self._write_part(part, rows, log_probs, batch)
             progress(done, len(mine))
 
+    def _numbers_of(self, part: int) -> list[int]:
+        return self._numbers[part * PART : (part + 1) * PART]
+
+    def _is_written(self, part: int) -> bool:
+        """Whether a part is there, and of these windows: a run that goes on on other ranks may see others."""
+        if not self._path(part).is_file():
+            return False
+        with safe_open(self._path(part), framework="pt") as file:
+            return (file.metadata() or {}).get("windows") == json.dumps(self._numbers_of(part))
+
     def _write_part(self, part: int, rows: Callable[[Sequence[int]], Tensor], log_probs: LogProbs, batch: int) -> None:
-        numbers = self._numbers[part * PART : (part + 1) * PART]
+        numbers = self._numbers_of(part)
         found = []
         for start in range(0, len(numbers), batch):
             log_p = log_probs(rows(numbers[start : start + batch]))
@@ -94,7 +106,8 @@ class TargetCache:
             ids = targets.ids_BTK.to(torch.uint16 if vocabulary <= 2**16 else torch.int32)
             found.append([t.cpu() for t in (ids, targets.log_p_BTK.half(), targets.log_rest_BT.half())])
         ids, log_p, log_rest = (torch.cat(tensors) for tensors in zip(*found, strict=True))
-        save_tensors({"ids": ids, "log_p": log_p, "log_rest": log_rest}, self._path(part))
+        tensors = {"ids": ids, "log_p": log_p, "log_rest": log_rest}
+        save_tensors(tensors, self._path(part), {"windows": json.dumps(numbers)})
 
     def read(self, numbers: Sequence[int], device: torch.device) -> TopTargets:
         """The targets of windows, in the order given."""

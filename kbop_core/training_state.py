@@ -170,8 +170,11 @@ def _complete(parts: Path, final: Path, facts: dict[str, Any]) -> None:
 
 
 def _prune(folder: Path, newest: Path) -> None:
-    for old in sorted(folder.glob("step-*"))[:-KEEP]:
-        shutil.rmtree(old)
+    """Keep the newest and those before it; later ones are damaged: the run went back behind them."""
+    found = sorted(folder.glob("step-*"))
+    kept = [checkpoint for checkpoint in found if checkpoint.name <= newest.name][-KEEP:]
+    for other in set(found) - set(kept):
+        shutil.rmtree(other)
     for left in folder.glob(".step-*"):  # of a full disk; another rank may have begun the next one
         if left.name < f".{newest.name}":
             shutil.rmtree(left, ignore_errors=True)

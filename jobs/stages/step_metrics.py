@@ -75,7 +75,10 @@ def _utilization_per_token(space: Workspace) -> float | None:
     tables = {id(p): p.numel() for p in [model.get_input_embeddings().weight] if not model.config.tie_word_embeddings}
     parameters = sum(p.numel() for p in model.parameters()) - sum(tables.values())
     size = ModelSize(parameters, model.config.num_hidden_layers, model.config.hidden_size)
-    live = space.spec.resources.teacher != "cached"
+    place = space.spec.resources.teacher
+    if place in ("sharded", "cached"):
+        space.forget_teacher()  # a copy that was loaded to be counted
+    live = place != "cached"
     return flops_per_token(size, space.layout.context, live) / (peak * space.gang.size)
 
 

@@ -123,8 +123,9 @@ def _steps(space: Workspace, run: Run, start: int, checkpoints: Path) -> None:
         journal.tell(metrics)
         stop = bool(run.gang.max(torch.tensor([float(space.stop.asked)], device=space.device)) > 0)
         if done < space.steps and (stop or done % space.spec.checkpoint_every == 0):
-            writer.save(done, run.engine, run.kbop)
+            writer.save(done, run.engine, run.kbop, run.layout.windows)
         if stop and done < space.steps:
             writer.wait()
+            barrier(run.gang)  # a rank that ended before the checkpoint is complete would take rank 0 down with it
             raise StopAsked
     writer.wait()

@@ -33,11 +33,20 @@ EVERY = (
     "moved_state",
     "token_files",
 )
-MOST = ("exact_flips", "exact_int8_flips", "dyadic_engine", "zero_stages", "partitioned", "nan_norm", "recompute")
+MOST = (
+    "exact_flips",
+    "exact_int8_flips",
+    "dyadic_engine",
+    "zero_stages",
+    "partitioned",
+    "nan_norm",
+    "recompute",
+    "half_precision",
+)
 #: Number of ranks → scenarios they run, in this order; two ranks first, one goes on with their state, then three do.
 SCENARIOS = {
     2: (*EVERY, *MOST, "overlap", "nan_gradient", "missing_gradient", "nan_loss", "teachers"),
-    1: (*EVERY, *MOST, "full_disk", "dropout"),
+    1: (*EVERY, *MOST, "accumulated", "full_disk", "dropout"),
     3: EVERY,
 }
 

@@ -52,25 +52,44 @@ class WholeNumbers(nn.Module):
         return SimpleNamespace(logits=self.second(self.first(self.inputs[input_ids]).relu()))
 
 
-def dyadic_engine(gang: Gang, folder: Path) -> dict[str, Any]:
-    """Five steps on two samples of four tokens: one rank takes both at once, of two ranks each takes one."""
+def dyadic_engine(gang: Gang, folder: Path, micro_steps: int = 1, accumulates: bool = False) -> dict[str, Any]:
+    """Five steps on two samples of four tokens: one rank takes both, of two ranks each takes one.
+
+    Args:
+        accumulates: each step's evidence is its own, and in float32, since bfloat16 rounds at every micro-step.
+    """
     model, rng = WholeNumbers(), torch.Generator().manual_seed(1)
     layers = {"first": model.first, "second": model.second}
     scales = [layer.weight_scale for layer in layers.values()]
-    batch = 2 // gang.size
-    engine = Engine(model, [{"params": scales, "lr": 0.0}], EngineConfig(batch, 1, clip=0.0), gang, 60.0)
-    kbop = KBOP(layers, FlipSchedule(0.1, 5, 1), momentum=0.98, gang=replace(gang, wire=torch.float32))
+    batch = 2 // gang.size // micro_steps
+    engine = Engine(model, [{"params": scales, "lr": 0.0}], EngineConfig(batch, micro_steps, clip=0.0), gang, 60.0)
+    gang = replace(gang, wire=torch.float32)
+    momentum = 0.0 if accumulates else 0.98
+    kbop = KBOP(layers, FlipSchedule(0.1, 5, 1), momentum=momentum, micro_steps=micro_steps, gang=gang)
+    if accumulates:
+        for shard in kbop.shards.values():
+            shard.evidence.stored = shard.evidence.stored.float()
     bits, flips = [], []
     for _ in range(5):
         ids = torch.randint(0, 16, (2, 4), generator=rng)
         targets = torch.randint(-50, 51, (2, 4, 8), generator=rng).float()
-        mine = slice(gang.rank * batch, (gang.rank + 1) * batch)
-        engine.backward((engine(ids[mine]) - targets[mine]).square().sum() / (batch * 32))
+        for micro_step in range(micro_steps):
+            first = (micro_step * gang.size + gang.rank) * batch
+            mine = slice(first, first + batch)
+            engine.backward((engine(ids[mine]) - targets[mine]).square().sum() / (batch * 32))
+            if micro_step < micro_steps - 1:
+                engine.step()
         flips.append(dict(kbop.step().flips))
         engine.step()
         bits.append({name: layer.weight.clone() for name, layer in layers.items()})
     engine.close()
-    return {"bits": bits, "flips": flips, "scales": [s.detach().clone() for s in scales]}
+    rows = {name: shard.moments.row for name, shard in kbop.shards.items()}
+    return {"bits": bits, "flips": flips, "scales": [s.detach().clone() for s in scales], "rows": rows}
+
+
+def accumulated(gang: Gang, folder: Path) -> dict[int, dict[str, Any]]:
+    """The same with both samples at once, and one after the other."""
+    return {micro_steps: dyadic_engine(gang, folder, micro_steps, accumulates=True) for micro_steps in (1, 2)}
 
 
 # -- training and its checkpoints -------------------------------------------------------------------------------------
@@ -237,20 +256,32 @@ def recompute(gang: Gang, folder: Path) -> dict[int, list[Any]]:
     return found
 
 
-def partitioned(gang: Gang, folder: Path) -> dict[str, Any]:
-    """ZeRO stage 3 that keeps no parameter whole, as with large ones; saved, loaded, and gone on with."""
+@contextmanager
+def deepspeed_told(part: str, **settings: Any) -> Iterator[None]:
+    """Within the block, engines get these settings in a part of DeepSpeed's configuration."""
     usual = EngineConfig.to_deepspeed
 
     def to_deepspeed(config: EngineConfig) -> dict[str, Any]:
-        settings = usual(config)
-        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        return settings
+        told = usual(config)
+        return told | {part: told[part] | settings}
 
     EngineConfig.to_deepspeed = to_deepspeed  # type: ignore[method-assign]
     try:
-        return resume(gang, folder, replace(CONFIG, zero_stage=3), "partitioned")
+        yield
     finally:
         EngineConfig.to_deepspeed = usual  # type: ignore[method-assign]
+
+
+def partitioned(gang: Gang, folder: Path) -> dict[str, Any]:
+    """ZeRO stage 3 that keeps no parameter whole, as with large ones; saved, loaded, and gone on with."""
+    with deepspeed_told("zero_optimization", stage3_param_persistence_threshold=0):
+        return resume(gang, folder, replace(CONFIG, zero_stage=3), "partitioned")
+
+
+def half_precision(gang: Gang, folder: Path) -> dict[int, dict[str, Any]]:
+    """The full-precision side in bfloat16 with float32 masters, as on GPUs, for every ZeRO stage."""
+    with deepspeed_told("bf16", enabled=True):
+        return {stage: resume(gang, folder, replace(CONFIG, zero_stage=stage), f"half-{stage}") for stage in range(4)}
 
 
 def teachers(gang: Gang, folder: Path) -> dict[str, list[float]]:
@@ -283,6 +314,7 @@ SCENARIOS = {
     f.__name__: f
     for f in (
         dyadic_engine,
+        accumulated,
         resume,
         zero_stages,
         dropout,
@@ -292,6 +324,7 @@ SCENARIOS = {
         moved_state,
         recompute,
         partitioned,
+        half_precision,
         teachers,
     )
 }

@@ -17,6 +17,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from jobs.training_series import PHASES
+from kbop_core.reversals import SAMPLE
+
 pytestmark = pytest.mark.timeout(480)
 
 KINDS = ("teacher", "plain", "init", "kbop")
@@ -102,7 +105,8 @@ def test_every_stage_is_told_in_order_with_growing_event_ids(server, finished):
 def test_training_progress_ends_at_the_last_step_with_its_metrics(server, finished):
     progress = [e["data"] for e in server.events(finished) if e["kind"] == "progress" and e["data"]["stage"] == "train"]
     assert (progress[-1]["step"], progress[-1]["steps"], progress[-1]["eta_s"]) == (40, 40, 0)
-    assert progress[-1]["metrics"].keys() == {"loss", "flip_rate", "tokens_per_s"}
+    told = {"loss", "flip_rate", "reversal_rate", "tokens_per_s", "peak_bytes"}
+    assert progress[-1]["metrics"].keys() == told | {f"{phase}_s" for phase in PHASES}
     assert [p["step"] for p in progress] == sorted({p["step"] for p in progress})
 
 
@@ -134,10 +138,14 @@ def test_bits_are_counted_as_the_plan_says(report, downloaded):
 
 
 def test_training_holds_no_latent_weights(report):
-    # All bits, half of a two-byte evidence, a float for each row of that half and for every column.
+    # All bits, half of a two-byte evidence, a float for each row of that half and for every column, and the first signs
+    # of the half's sampled rows.
     shapes = [(64, 64)] * 2 + [(32, 64)] * 2 + [(128, 64)] * 2 + [(64, 128)]
-    moments = sum(4 * (rows / 2 + columns) for rows, columns in shapes) / sum(r * c for r, c in shapes)
-    assert report["memory"]["training_state_bytes_per_binary_weight"] == pytest.approx(1 / 8 + 2 / 2 + moments)
+    weights = sum(rows * columns for rows, columns in shapes)
+    moments = sum(4 * (rows / 2 + columns) for rows, columns in shapes) / weights
+    watched = sum(len(range(0, rows // 2, max(1, rows // SAMPLE))) * columns for rows, columns in shapes) / weights
+    held = report["memory"]["training_state_bytes_per_binary_weight"]
+    assert held == pytest.approx(1 / 8 + 2 / 2 + moments + watched / 8)
 
 
 def test_the_training_series_is_what_the_ranks_wrote(server, finished, report):

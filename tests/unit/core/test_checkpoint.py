@@ -309,7 +309,7 @@ def failing(error: Exception) -> Callable[..., NoReturn]:
 
 
 @pytest.mark.parametrize("error", NO_SPACE, ids=["space", "quota", "safetensors"])
-@pytest.mark.parametrize("place", ["save_file", "save_metadata", "_sync"])
+@pytest.mark.parametrize("place", ["save_file", "save_metadata", "sync"])
 def test_a_full_disk_leaves_no_packed_checkpoint_and_no_temporary_one(
     error: Exception, place: str, packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from kbop_core import errors
-from kbop_core.errors import KbopError
+from kbop_core.errors import KbopError, OutOfMemory
 
 CLASSES = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, KbopError)]
 
@@ -29,9 +29,19 @@ def test_every_error_has_a_code_of_its_own() -> None:
     assert all(re.fullmatch(r"[a-z0-9_]+", code) for code in codes)
 
 
-@pytest.mark.parametrize("error", CLASSES)
+@pytest.mark.parametrize("error", [c for c in CLASSES if c is not OutOfMemory])
 def test_message_and_hint_are_kept_apart(error: type[KbopError]) -> None:
     raised = error("what happened", "what to do")
     assert (str(raised), raised.message, raised.hint) == ("what happened", "what happened", "what to do")
     assert raised.origin in {"user", "system"}
     assert isinstance(raised.retryable, bool)
+
+
+@pytest.mark.parametrize(
+    ("windows", "again", "advice"), [(1, False, "shorten method.context"), (2, True, "half as many")]
+)
+def test_out_of_memory_is_tried_again_only_with_fewer_windows(windows: int, again: bool, advice: str) -> None:
+    raised = OutOfMemory(windows, "CUDA out of memory.")
+    assert (raised.micro_batch, raised.retryable, raised.origin) == (windows, again, "system")
+    assert raised.message == f"a micro-step of {windows} windows does not fit into memory: CUDA out of memory."
+    assert advice in raised.hint

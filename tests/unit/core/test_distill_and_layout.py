@@ -122,6 +122,18 @@ def test_a_step_sees_the_same_windows_with_any_number_of_ranks(ranks: int) -> No
     assert seen == set(range(40, 48))
 
 
+@pytest.mark.parametrize(("ranks", "most"), [(1, 8), (2, 8), (3, 8), (4, 2), (6, 1), (12, 8)])
+def test_a_run_that_goes_on_on_other_ranks_keeps_its_windows_where_they_can_be_dealt(ranks: int, most: int) -> None:
+    layout = layout_steps(2048, 64, ranks, most, windows=12)  # 2048 tokens would be 32 windows
+    assert layout.windows == 12
+    assert layout.micro_steps * layout.micro_batch * ranks == 12 and layout.micro_batch <= most
+
+
+@pytest.mark.parametrize("ranks", [5, 7, 24])
+def test_windows_that_cannot_be_dealt_equally_give_way_to_the_ranks_own_layout(ranks: int) -> None:
+    assert layout_steps(768, 64, ranks, 8, windows=12) == layout_steps(768, 64, ranks, 8)
+
+
 @pytest.mark.parametrize(("warmup", "steps", "expected"), [(0.0, 10, 1), (0.05, 400, 20), (0.05, 1, 1), (1.0, 7, 7)])
 def test_warm_up_is_at_least_one_step(warmup: float, steps: int, expected: int) -> None:
     assert TrainConfig(steps=steps, warmup=warmup).warmup_steps == expected == max(1, math.ceil(warmup * steps))

@@ -42,6 +42,17 @@ def test_the_time_left_follows_from_the_pace_since_the_first_step(
     assert [e.get("eta_s") for e in written(tmp_path / "events.jsonl")][1:] == [None, 4.0]
 
 
+@pytest.mark.parametrize("steps", [50, 9])
+def test_a_part_of_a_stage_has_a_pace_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    clock = iter([0.0, 1.0, 1001.0, 1002.0, 1006.0])  # what comes first takes 500 s a step, the rest 1 s
+    monkeypatch.setattr(journal_module.time, "monotonic", lambda: next(clock))
+    journal = Journal(tmp_path / "events.jsonl")
+    journal.stage("train", "started")
+    for step, of in ((7, 9), (9, 9), (2, steps), (6, steps)):
+        journal.progress(step, of)
+    assert written(tmp_path / "events.jsonl")[-1]["eta_s"] == steps - 6
+
+
 def test_a_finished_stage_says_its_seconds(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "events.jsonl")
     journal.stage("pack", "finished", 1.23456)

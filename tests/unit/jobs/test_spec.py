@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from jobs.spec import RECIPES, JobSpec, weights_of
 from kbop_core.init.blockwise import BlockEffort
 
+QUICK = {"effort": "quick"}
 BASE: dict[str, Any] = {"model": "builtin:demo", "data": [{"source": "builtin:python-docs"}]}
 
 
@@ -26,6 +27,14 @@ BASE: dict[str, Any] = {"model": "builtin:demo", "data": [{"source": "builtin:py
         ({"resources": {"offload": "blocks"}}, "trains block by block: use effort 'quick'"),
         ({"method": {"calibration_tokens": 9}, "init": "random"}, "calibration_tokens has no effect"),
         ({"method": {"blockwise_steps": 9}, "init": "random"}, "blockwise_steps has no effect"),
+        ({"method": QUICK, "resources": {"teacher": "cached"}}, "teacher has no effect .*: use offload 'blocks'"),
+        ({"method": QUICK, "resources": {"teacher": "offloaded"}}, "teacher has no effect"),
+        ({"method": QUICK, "resources": {"teacher": "sharded", "gpus": 2}}, "teacher has no effect"),
+        (
+            {"method": QUICK, "resources": {"activation_checkpointing": True}},
+            r"activation_checkpointing has no effect with effort 'quick' \(no training\)",
+        ),
+        ({"resources": {"teacher": "sharded"}}, r"divides the teacher over ranks: use more gpus, or 'offloaded'"),
     ],
 )
 def test_a_setting_that_cannot_take_effect_is_refused(changes: dict[str, Any], says: str) -> None:
@@ -85,6 +94,41 @@ def test_the_ends_of_a_range_are_legal(field: dict[str, float]) -> None:
 def test_a_value_out_of_its_range_is_refused_with_the_range(field: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         JobSpec.model_validate(BASE | {"method": field})
+
+
+@pytest.mark.parametrize(
+    "resources",
+    [
+        {"teacher": "sharded", "gpus": 2, "activation_checkpointing": True, "zero_stage": 3},
+        {"teacher": "offloaded"},
+        {"teacher": "cached", "zero_stage": 0},
+    ],
+)
+def test_every_place_of_the_teacher_and_every_zero_stage_can_be_asked_for(resources: dict[str, Any]) -> None:
+    spec = JobSpec.model_validate(BASE | {"resources": resources})
+    assert spec.resources.model_dump() | resources == spec.resources.model_dump()
+    assert JobSpec.model_validate_json(spec.canonical_json()) == spec
+
+
+def test_a_spec_stored_before_the_teacher_had_a_place_is_accepted_and_keeps_it_resident() -> None:
+    stored = JobSpec.model_validate(BASE).model_dump(mode="json")
+    for field in ("teacher", "activation_checkpointing"):
+        del stored["resources"][field]
+    resources = JobSpec.model_validate(stored).resources
+    assert (resources.teacher, resources.activation_checkpointing, resources.zero_stage) == ("resident", False, 1)
+
+
+@pytest.mark.parametrize(
+    ("field", "says"),
+    [
+        ({"zero_stage": 4}, "0, 1, 2 or 3"),
+        ({"teacher": "nowhere"}, "'resident', 'offloaded', 'sharded' or 'cached'"),
+        ({"activation_checkpointing": 2}, "boolean"),
+    ],
+)
+def test_a_resource_that_does_not_exist_is_refused_with_those_that_do(field: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        JobSpec.model_validate(BASE | {"resources": field})
 
 
 @pytest.mark.parametrize("effort", ["quick", "standard", "max"])
