@@ -99,6 +99,11 @@ class Workspace:
         source, resources = self.model_source, self.spec.resources
         if resources.offload == "blocks" or resources.teacher != "resident":
             return load_lazily(source.location, source.revision, self.dtype, self.device)
+        return self.whole_model()
+
+    def whole_model(self) -> Model:
+        """Another copy of the model as it was given, all of it in memory."""
+        source = self.model_source
         return load_model(source.location, source.revision, self.dtype).to(self.device)
 
     def model_to_binarize(self) -> Model:

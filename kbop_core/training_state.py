@@ -4,7 +4,7 @@ Layout of a folder of checkpoints:
 
     step-00000050/            complete by construction: it was renamed after all ranks had written and synced
         rank-0.safetensors …  each rank's rows of evidence, moments and bits, and its part of the full-precision side
-        manifest.json         number of ranks, step, unit of the evidence, windows per step, sha256 of every file
+        manifest.json         number of ranks, step, unit of the evidence, sha256 of every file
 
 Training stands still only while a rank copies its state; a thread writes it. No collective is needed: each rank leaves
 its file and the file's hash in a hidden folder, and rank 0 completes the checkpoint when it has seen all of them. Any
@@ -80,20 +80,19 @@ class StateWriter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, step: int, engine: Engine, kbop: KBOP, windows: int = 0) -> None:
+    def save(self, step: int, engine: Engine, kbop: KBOP) -> None:
         """Copy the state after `step` steps and begin to write it; waits for the write before, and for nothing else.
 
         Args:
             step: steps done.
             engine, kbop: what is saved.
-            windows: in a step, all ranks; a run that goes on on other ranks keeps it.
 
         Raises:
             DiskFull: the write before this one met it.
             CheckpointError: another rank's file did not come.
         """
         self.wait()
-        facts = {"step": step, "ranks": self._gang.size, "unit": kbop.unit, "windows": windows}
+        facts = {"step": step, "ranks": self._gang.size, "unit": kbop.unit}
         snapshot = _Snapshot(step, facts, copy_to_host(kbop.state() | engine.state()))
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
         self._thread.start()
@@ -198,7 +197,7 @@ def _problem(folder: Path) -> str | None:
     try:
         facts = read_facts(folder)
         changed = [name for name, digest in facts["files"].items() if sha256(folder / name) != digest]
-        if {"step", "unit", "windows"} - facts.keys() or len(facts["files"]) != facts["ranks"]:
+        if {"step", "unit"} - facts.keys() or len(facts["files"]) != facts["ranks"]:
             return "its manifest is incomplete"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"unreadable ({error})"
@@ -206,7 +205,7 @@ def _problem(folder: Path) -> str | None:
 
 
 def read_facts(checkpoint: Path) -> dict[str, Any]:
-    """The manifest: step, ranks, unit, windows, files."""
+    """The manifest: step, ranks, unit, files."""
     facts: dict[str, Any] = json.loads((checkpoint / "manifest.json").read_text())
     return facts
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
+import psutil
+import torch
+from torch import nn
+
 from jobs.workspace import Workspace
 from kbop_core.engine import barrier, share_frozen
 from kbop_core.hf import vocabulary_size
@@ -29,8 +35,11 @@ def _stored_targets(space: Workspace) -> TargetCache:
     windows = space.windows
     cache = TargetCache(space.folder("train/targets"), windows.numbers(range(space.steps * space.layout.windows)))
     batch = max(1, BATCH_LOGITS // (vocabulary_size(space.teacher) * space.layout.context))
-    teacher = LiveTeacher(space.teacher)
-    space.journal.note(f"the teacher's likeliest tokens are written to disk: {cache.parts} files")
+    copies = 1 if space.device.type == "cuda" else space.gang.size
+    fits = copies * model_bytes(space.teacher) < free_bytes(space.device)
+    teacher = LiveTeacher(space.whole_model() if fits else space.teacher)
+    way = "from memory" if fits else "with its blocks read from disk for every batch: it does not fit into memory"
+    space.journal.note(f"the teacher's likeliest tokens are written to {cache.parts} files, {way}")
     cache.write(
         space.gang,
         lambda numbers: windows.rows(numbers).to(space.device),
@@ -38,6 +47,24 @@ def _stored_targets(space: Workspace) -> TargetCache:
         batch,
         lambda done, total: space.journal.progress(done, total),
     )
+    del teacher
     space.forget_teacher()
     barrier(space.gang)
     return cache
+
+
+def remove_stored_targets(space: Workspace) -> None:
+    """Free the disk of targets that nobody will read again."""
+    shutil.rmtree(space.work / "train" / "targets", ignore_errors=True)
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters, also of those that are on disk."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that nothing uses now: of the GPU, which is one rank's, else of the host, which ranks share."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

@@ -11,7 +11,7 @@ import torch
 
 from jobs.json_files import write_json
 from jobs.stages.step_metrics import StepJournal, keep_metrics
-from jobs.stages.teacher import training_teacher
+from jobs.stages.teacher import remove_stored_targets, training_teacher
 from jobs.stop import StopAsked
 from jobs.workspace import GANG_TIMEOUT_S, Workspace
 from kbop_core.checkpoint import load_student, save_student
@@ -56,10 +56,10 @@ def train(space: Workspace) -> dict[str, Any]:
 
 
 def _train(space: Workspace) -> dict[str, Any]:
+    teacher, phases = training_teacher(space), _phases(space.device)
     student = space.model_to_binarize()
     convert_plain(student, space.plan, trainable=True)
     load_student(student, space.init_student)
-    teacher, phases = training_teacher(space), _phases(space.device)
     run = start_run(student, teacher, space.windows, train_config(space), space.layout, space.gang, phases)
     checkpoints = space.folder("train/checkpoints")
     start = _resume(space, run, checkpoints)
@@ -69,6 +69,7 @@ def _train(space: Workspace) -> dict[str, Any]:
         with run.engine.whole_parameters():
             if space.leads:
                 save_student(student, space.final_student)
+                remove_stored_targets(space)
         barrier(run.gang)
     run.engine.close()
     return {
@@ -123,7 +124,7 @@ def _steps(space: Workspace, run: Run, start: int, checkpoints: Path) -> None:
         journal.tell(metrics)
         stop = bool(run.gang.max(torch.tensor([float(space.stop.asked)], device=space.device)) > 0)
         if done < space.steps and (stop or done % space.spec.checkpoint_every == 0):
-            writer.save(done, run.engine, run.kbop, run.layout.windows)
+            writer.save(done, run.engine, run.kbop)
         if stop and done < space.steps:
             writer.wait()
             barrier(run.gang)  # a rank that ended before the checkpoint is complete would take rank 0 down with it

@@ -124,10 +124,10 @@ def test_a_rank_whose_file_never_comes_is_named(
     assert newest_state(tmp_path, print) is None
 
 
-def save(folder: Path, kbop: KBOP, step: int, windows: int = 0) -> None:
+def save(folder: Path, kbop: KBOP, step: int) -> None:
     """One rank's part of a checkpoint; returns when it is written, and on rank 0 complete."""
     writer = StateWriter(folder, kbop.gang)
-    writer.save(step, Scales(kbop.gang.rank), kbop, windows)
+    writer.save(step, Scales(kbop.gang.rank), kbop)
     writer.wait()
 
 
@@ -181,7 +181,7 @@ def test_completing_a_step_leaves_the_parts_of_the_next_alone(kbop_of: Callable[
 
 def test_the_manifest_says_what_a_reader_needs(kbop_of: Callable[..., KBOP], tmp_path: Path) -> None:
     kbop = kbop_of()
-    save(tmp_path, kbop, 3, windows=12)
+    save(tmp_path, kbop, 3)
     folder = checkpoint_folder(tmp_path, 3)
     files = {"rank-0.safetensors": sha256(folder / "rank-0.safetensors")}
-    assert read_facts(folder) == {"step": 3, "ranks": 1, "unit": kbop.unit, "windows": 12, "files": files}
+    assert read_facts(folder) == {"step": 3, "ranks": 1, "unit": kbop.unit, "files": files}
