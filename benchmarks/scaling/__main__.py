@@ -21,12 +21,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.multiprocessing.spawn import spawn
 
 from benchmarks.record import Claim, claim, publish
 from benchmarks.scaling.cases import SHAPES, Case
 from benchmarks.scaling.loading import compare
 from jobs.process import free_port
+from kbop_core.layers import BinaryLinear
 
 #: Repeats of the timed cases; one and two ranks take turns.
 TURNS = 3
@@ -174,6 +176,34 @@ def _all_to_all(part: torch.Tensor) -> torch.Tensor:
     return received.view(2, 1024, 2048).sum(0, dtype=torch.float32)
 
 
+def unpacking(rows: list[dict[str, Any]], claims: list[Claim]) -> None:
+    """What rebuilding a weight from its bits costs beside the product it is for: what keeping it dense would save."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    layer = BinaryLinear(2048, 2048, False, 128, trainable=True, device=device)
+    for tokens in (512, 2048):
+        x = torch.randn(tokens, 2048, device=device, dtype=dtype)
+        dense = layer.dense(dtype)
+        product = _seconds(lambda x=x, dense=dense: F.linear(x, dense))
+        rebuilt = _seconds(lambda: layer.dense(dtype))
+        rows.append(row(f"weight rebuilt for {tokens} tokens", 1, step_s=rebuilt))
+        rows.append(row(f"product of {tokens} tokens", 1, step_s=product))
+        if tokens == 2048:
+            claims.append(claim("rebuilding a weight / its product, 2048 tokens", rebuilt / product, "ratio", "<= 0.1"))
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    """Median of ten."""
+    found = []
+    for _ in range(12):
+        began = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - began)
+    return statistics.median(found[2:])
+
+
 def gpu(rows: list[dict[str, Any]], claims: list[Claim]) -> None:
     """1 B and 8 B shapes with their teacher on one GPU; latent weights beside them, which may not fit."""
     gib = 2.0**30
@@ -199,6 +229,7 @@ def main() -> None:
     state(rows, claims)
     speed(rows, claims)
     loading(rows, claims)
+    unpacking(rows, claims)
     reductions(rows)
     if torch.cuda.is_available():
         gpu(rows, claims)
