@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,8 +185,8 @@ def unpacking(rows: list[dict[str, Any]], claims: list[Claim]) -> None:
     for tokens in (512, 2048):
         x = torch.randn(tokens, 2048, device=device, dtype=dtype)
         dense = layer.dense(dtype)
-        product = _seconds(lambda x=x, dense=dense: F.linear(x, dense))
-        rebuilt = _seconds(lambda: layer.dense(dtype))
+        product = _seconds(partial(F.linear, x, dense))
+        rebuilt = _seconds(partial(layer.dense, dtype))
         rows.append(row(f"weight rebuilt for {tokens} tokens", 1, step_s=rebuilt))
         rows.append(row(f"product of {tokens} tokens", 1, step_s=product))
         if tokens == 2048:
