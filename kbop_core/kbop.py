@@ -278,7 +278,9 @@ class KBOP:
         get the result: 2·PROBES + 4 bytes a column on the wire, and a mark where something was not finite.
         """
         sketches = torch.cat([s.moments.column_sketch.t() for s in self.shards.values()])
-        squares = mean_squares(self.gang.reduce_scatter_rows(sketches)(), self.gang.size)
+        heights = torch.cat([torch.full_like(s.moments.column, s.layer.out_features) for s in self.shards.values()])
+        over = heights[self.gang.rows(len(heights))].double() * self.gang.size**2
+        squares = mean_squares(self.gang.reduce_scatter_rows(sketches)(), over)
         (whole,) = self.gang.gather_rows([squares], [len(sketches)])
         columns = whole.split([s.layer.in_features for s in self.shards.values()])
         if not bool(whole.isfinite().all()):

@@ -23,12 +23,16 @@ def random_signs(count: int) -> Tensor:
     return bits.mul_(2).sub_(1).float()
 
 
-def mean_squares(sketch_RP: Tensor, ranks: int) -> Tensor:
-    """Mean over the projections of (sketch/ranks)², float32 (R,); NaN where a projection was not finite.
+def mean_squares(sketch_RP: Tensor, over: Tensor | float) -> Tensor:
+    """Mean over the projections of their squares, divided by `over`: float32 (R,); NaN where one was not finite.
 
-    Finite ones beyond what float32 can square give its largest number.
+    Finite ones beyond what float32 can hold give its largest number.
+
+    Args:
+        sketch_RP: projections, summed over ranks.
+        over: numbers that were projected times the square of the number of ranks; one for all rows or one for each.
     """
-    squares = sketch_RP.double().square_().mean(1) / ranks**2
+    squares = sketch_RP.double().square_().mean(1) / over
     most = torch.finfo(torch.float32).max
     return torch.where(squares.isfinite(), squares.clamp_max(most), torch.nan).float()
 
@@ -60,13 +64,13 @@ class Moments:
         """Fold the step's projections into r and c, and forget them.
 
         Args:
-            column_squares: float32 (I,), `mean_squares` of Ωᵀ g of all ranks.
+            column_squares: float32 (I,), `mean_squares` of Ωᵀ g of all ranks over O.
             ranks: whose gradients were summed; the moments are those of their mean.
             steps_done: steps before this one.
         """
         gain = max(1.0 - MOMENT_DECAY, 1.0 / (steps_done + 1))  # a plain mean while there are few
-        self.row.lerp_(mean_squares(self.row_sketch, ranks) / self.width, gain)
-        self.column.lerp_(column_squares / self.height, gain)
+        self.row.lerp_(mean_squares(self.row_sketch, self.width * ranks**2), gain)
+        self.column.lerp_(column_squares, gain)
         self.forget()
 
     def forget(self) -> None:
