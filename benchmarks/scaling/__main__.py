@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch.multiprocessing.spawn import spawn
 
 from benchmarks.record import Claim, claim, publish
 from benchmarks.scaling.cases import SHAPES, Case
 from benchmarks.scaling.loading import compare
+from benchmarks.scaling.reductions import two_ways
 from jobs.process import free_port
 from kbop_core.layers import BinaryLinear
 
@@ -138,43 +137,9 @@ def loading(rows: list[dict[str, Any]], claims: list[Claim]) -> None:
 
 
 def reductions(rows: list[dict[str, Any]]) -> None:
-    """The two ways to give gradients to their owners over gloo, one 2048 × 2048 layer, two ranks."""
-    with tempfile.TemporaryDirectory() as folder:
-        spawn(_reductions, (free_port(), folder), nprocs=2)
-        found = json.loads((Path(folder) / "found.json").read_text())
-    for name, milliseconds in found.items():
-        rows.append(row(name, 2, step_s=milliseconds / 1e3))
-
-
-def _reductions(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    whole, found = torch.randn(2048, 2048), {}
-    for dtype in (torch.float32, torch.bfloat16):
-        part = whole.to(dtype)
-        ways: dict[str, Callable[[torch.Tensor], Any]] = {
-            "reduce-scatter": _reduce_scatter,
-            "all-to-all and sum": _all_to_all,
-        }
-        for name, way in ways.items():
-            way(part)
-            began = time.perf_counter()
-            for _ in range(10):
-                way(part)
-            found[f"{name}, {str(dtype).removeprefix('torch.')}"] = 100 * (time.perf_counter() - began)
-    dist.destroy_process_group()
-    if rank == 0:
-        (Path(folder) / "found.json").write_text(json.dumps(found))
-
-
-def _reduce_scatter(part: torch.Tensor) -> None:
-    dist.reduce_scatter_tensor(torch.empty_like(part[:1024]), part)
-
-
-def _all_to_all(part: torch.Tensor) -> torch.Tensor:
-    received = torch.empty_like(part)
-    dist.all_to_all_single(received, part)
-    return received.view(2, 1024, 2048).sum(0, dtype=torch.float32)
+    """The two ways to give gradients to their owners."""
+    for name, seconds in two_ways().items():
+        rows.append(row(name, 2, step_s=seconds))
 
 
 def unpacking(rows: list[dict[str, Any]], claims: list[Claim]) -> None:
@@ -227,11 +192,11 @@ def main() -> None:
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     claims: list[Claim] = []
-    state(rows, claims)
-    speed(rows, claims)
-    loading(rows, claims)
-    unpacking(rows, claims)
     reductions(rows)
+    unpacking(rows, claims)
+    loading(rows, claims)
+    speed(rows, claims)
+    state(rows, claims)
     if torch.cuda.is_available():
         gpu(rows, claims)
     columns = {name: "" for one in rows for name in one}
