@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.record import Claim, claim, publish
-from benchmarks.scaling.cases import SHAPES, Case
+from benchmarks.scaling.cases import Case
 from benchmarks.scaling.loading import compare
 from benchmarks.scaling.reductions import two_ways
 from jobs.process import free_port
@@ -200,8 +200,7 @@ def main() -> None:
     if torch.cuda.is_available():
         gpu(rows, claims)
     columns = {name: "" for one in rows for name in one}
-    weights = f"{SHAPES[TIMED.shape]}"
-    publish("scaling", "make bench-scaling", [columns | one | {"shape": weights} for one in rows], claims)
+    publish("scaling", "make bench-scaling", [columns | one for one in rows], claims)
 
 
 if __name__ == "__main__":
