@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,36 @@ def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     for row in rows:
         table.add_row(*[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()])
     return table
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as a Markdown table, or that there are none yet."""
+    if not rows:
+        return "Not run yet."
+    head = list(rows[0])
+    lines = [head, ["---"] * len(head), *([_cell(v) for v in row.values()] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "**no**"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def fill(document: Path, sections: Mapping[str, str], command: str) -> None:
+    """Replace what stands between the markers `NAME: begin, by COMMAND` and `NAME: end` that a document has."""
+    text = document.read_text(encoding="utf-8")
+    for name, body in sections.items():
+        begin, end = f"<!-- {name}: begin, by {command} -->", f"<!-- {name}: end -->"
+        if begin in text and end in text:
+            before, rest = text.split(begin, 1)
+            text = f"{before}{begin}\n{body}\n{end}{rest.split(end, 1)[1]}"
+    document.write_text(text, encoding="utf-8")
 
 
 def commit() -> str:

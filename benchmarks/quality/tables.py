@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.quality import plots, store, suites
 from benchmarks.quality.tasks import ROOT, SOURCES
 from benchmarks.quality.training import RunConfig
-from benchmarks.record import Claim, claim, publish
+from benchmarks.record import Claim, claim, fill, markdown, publish
 from jobs.spec import RECIPES
 
 DOCUMENTS = (ROOT / "docs" / "quality.md", ROOT / "README.md")
@@ -107,11 +107,11 @@ def write() -> None:
     publish("quality", "make bench-quality", [_flat(r) for r in rows], list(_claims(results)))
     sections = {
         "headline": _gaps(results),
-        "methods": _markdown(rows),
-        "speed": _markdown(list(_speed(results))),
-        "efforts": _markdown(list(_efforts(results))),
+        "methods": markdown(rows),
+        "speed": markdown(list(_speed(results))),
+        "efforts": markdown(list(_efforts(results))),
         "ablations": _ablations(results),
-        "scratch": _markdown(list(_scratch(results))),
+        "scratch": markdown(list(_scratch(results))),
     }
     for task in SOURCES:
         curves = {m: r["curve"] for m in ("kbop", *suites.PEERS) for r in _longest(results, task, m)}
@@ -121,7 +121,7 @@ def write() -> None:
     if flips:
         plots.flips(flips)
     for document in DOCUMENTS:
-        _fill(document, sections)
+        fill(document, sections, "make bench-quality")
 
 
 def _longest(results: Results, task: str, method: str) -> list[Result]:
@@ -255,7 +255,7 @@ def _gaps(results: Results) -> str:
                     "seeds": len(d.seeds),
                 }
             )
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def _speed(results: Results) -> Iterator[Row]:
@@ -330,7 +330,7 @@ def _ablations(results: Results) -> str:
             f"The start read {suites.BLOCKWISE_TOKENS:,} tokens. Counted with these they are the short budget, with "
             f"which the best latent peer that starts without them, {peer}, reaches {value:.4g} on the test half."
         )
-    return "\n\n".join(parts + [f"**{table}**\n\n{_markdown(rows)}" for table, rows in tables.items()])
+    return "\n\n".join(parts + [f"**{table}**\n\n{markdown(rows)}" for table, rows in tables.items()])
 
 
 def _scratch(results: Results) -> Iterator[Row]:
@@ -348,30 +348,3 @@ def _scratch(results: Results) -> Iterator[Row]:
 
 def _flat(row: Row) -> Row:
     return {k: "" if v is None else v for k, v in row.items()}
-
-
-def _markdown(rows: Sequence[Row]) -> str:
-    if not rows:
-        return "Not run yet."
-    head = list(rows[0])
-    lines = [head, ["---"] * len(head), *([_cell(v) for v in row.values()] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _fill(document: Path, sections: dict[str, str]) -> None:
-    """Replace what stands between the markers of each section that the document has."""
-    text = document.read_text(encoding="utf-8")
-    for name, body in sections.items():
-        begin, end = f"<!-- {name}: begin, by make bench-quality -->", f"<!-- {name}: end -->"
-        if begin in text and end in text:
-            before, rest = text.split(begin, 1)
-            text = f"{before}{begin}\n{body}\n{end}{rest.split(end, 1)[1]}"
-    document.write_text(text, encoding="utf-8")

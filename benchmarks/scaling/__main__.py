@@ -23,13 +23,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.record import Claim, claim, publish
+from benchmarks.record import Claim, claim, fill, markdown, publish
 from benchmarks.scaling.cases import Case
 from benchmarks.scaling.loading import compare
 from benchmarks.scaling.reductions import two_ways
 from jobs.process import free_port
 from kbop_core.layers import BinaryLinear
 
+COMMAND = "make bench-scaling"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling.md"
 #: Repeats of the timed cases; one and two ranks take turns.
 TURNS = 3
 TIMED = Case("13 M", "kbop", context=256, windows=8, steps=4)
@@ -200,7 +202,9 @@ def main() -> None:
     if torch.cuda.is_available():
         gpu(rows, claims)
     columns = {name: "" for one in rows for name in one}
-    publish("scaling", "make bench-scaling", [columns | one for one in rows], claims)
+    full = [columns | one for one in rows]
+    publish("scaling", COMMAND, full, claims)
+    fill(DOCUMENT, {"claims": markdown([asdict(c) for c in claims]), "rows": markdown(full)}, COMMAND)
 
 
 if __name__ == "__main__":
