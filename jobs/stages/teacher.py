@@ -16,6 +16,7 @@ def training_teacher(space: Workspace) -> Teacher:
     """The teacher of the job; every rank calls."""
     place = space.spec.resources.teacher
     if place == "sharded":
+        space.forget_teacher()  # its embedding and head, whole on every rank
         return LiveTeacher(share_frozen(space.fresh_model()))
     if place == "cached":
         return CachedTeacher(_stored_targets(space))
