@@ -287,8 +287,12 @@ class MemoryPlan(RankState):
         own = self.rows(self.largest) * self.largest.in_features
         spread = self._whole_blocks(self.largest) if self.request.evidence == "int8" else 0
         scores = 8 * own + 4 * spread
-        bits = 2 * self.bits + ceil(self.bits / self.request.ranks) if self.request.ranks > 1 else 0
-        return CANDIDATE * self.candidates + max(scores, SELECTION * self.candidates, bits)
+        return CANDIDATE * self.candidates + max(scores, SELECTION * self.candidates, self._bits_of_all)
+
+    @property
+    def _bits_of_all(self) -> int:
+        """Bits while they are gathered: the own ones padded, those of all ranks as they come, and put together."""
+        return 2 * self.bits + ceil(self.bits / self.request.ranks) if self.request.ranks > 1 else 0
 
     @property
     def _update(self) -> int:

@@ -111,7 +111,7 @@ class Plan:
     @property
     def disk_bytes(self) -> dict[str, int]:
         """What training writes, by name: checkpoints (two kept, one being written), a cached teacher's targets."""
-        alone = MemoryPlan(self.shape, replace(self.request, ranks=1))
+        alone = MemoryPlan(self.shape, replace(self.request, ranks=1, teacher="resident"))
         columns = 4 * sum(la.in_features for la in alone.binary)  # each rank writes them
         found = {"checkpoints": CHECKPOINTS * (alone.snapshot + (self.request.ranks - 1) * columns)}
         if self.request.teacher == "cached":

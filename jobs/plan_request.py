@@ -55,6 +55,8 @@ class PlanRequest:
         for name in ("ranks", "micro_batch", "context", "micro_steps", "group_size"):
             if (value := getattr(self, name)) < 1:
                 raise BadPlan(f"{name} is {value}", f"{name} is a whole number of 1 or more")
+        if self.teacher == "sharded" and self.ranks == 1:
+            raise BadPlan("teacher 'sharded' has one rank", "it is divided over ranks: use more, or 'offloaded'")
         if not 0 <= self.zero_stage <= 3:
             raise BadPlan(f"zero_stage is {self.zero_stage}", "legal: 0, 1, 2, 3")
         if not 0.0 <= self.flip_rate <= 0.5:

@@ -255,6 +255,21 @@ def test_backward_through_a_layer_holds_what_is_planned(evidence: Any) -> None:
     assert made == pytest.approx(planned._layer_backward, rel=0.02)
 
 
+class Alike(Gang):
+    """Ranks that all hold what this one holds."""
+
+    def all_gather(self, part: Tensor) -> list[Tensor]:
+        whole = torch.cat([part.reshape(-1)] * self.size)
+        return [piece.view(part.shape) for piece in whole.split(part.numel())]
+
+
+@pytest.mark.parametrize("ranks", [2, 5])
+def test_gathering_the_bits_takes_them_twice_and_the_own_part_as_planned(ranks: int) -> None:
+    layers = binary_layers(student("llama", 2))
+    optimizer = KBOP(layers, FlipSchedule(0.0, 9, 1), gang=Alike(0, ranks))
+    assert peak_of(optimizer._share_bits) == pytest.approx(plan(ranks=ranks)._bits_of_all, rel=0.1)
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.004, 0.5])
 def test_candidates_are_those_of_the_peak_rate(rate: float) -> None:
     planned, schedule = plan(flip_rate=rate), FlipSchedule(rate, 1000, 10)
@@ -295,6 +310,11 @@ def test_the_peak_is_the_largest_moment_and_its_parts_add_up() -> None:
 def test_impossible_requests_are_refused_by_field(field: str, value: Any) -> None:
     with pytest.raises(BadPlan, match=field):
         PlanRequest(**{field: value})
+
+
+def test_one_rank_has_nobody_to_share_a_teacher_with() -> None:
+    with pytest.raises(BadPlan, match="sharded"):
+        PlanRequest(teacher="sharded")
 
 
 def test_keeping_every_layer_leaves_nothing_to_plan() -> None:
