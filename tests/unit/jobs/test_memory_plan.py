@@ -243,14 +243,14 @@ def test_flips_hold_one_layers_scores_as_planned(evidence: Any) -> None:
     assert made == pytest.approx(scores, rel=0.1)
 
 
+@pytest.mark.parametrize(("dtype", "device"), [(torch.float32, "cpu"), (torch.bfloat16, "cuda")])
 @pytest.mark.parametrize("evidence", ["bfloat16", "int8"])
-def test_backward_through_a_layer_holds_what_is_planned(evidence: Any) -> None:
-    model = student("llama", 1)
-    layers = binary_layers(model)
-    planned = plan(evidence=evidence)
+def test_backward_through_a_layer_holds_what_is_planned(evidence: Any, dtype: torch.dtype, device: Any) -> None:
+    layers = binary_layers(student("llama", 1, dtype))
+    planned = plan(evidence=evidence, device=device)
     layer = layers[planned.largest.name]
     KBOP(layers, FlipSchedule(0.01, 9, 1), evidence=evidence)
-    y = layer(torch.randn(BATCH, CONTEXT, layer.in_features, requires_grad=True))
+    y = layer(torch.randn(BATCH, CONTEXT, layer.in_features, dtype=dtype, requires_grad=True))
     made = peak_of(lambda: y.backward(torch.ones_like(y)))
     assert made == pytest.approx(planned._layer_backward, rel=0.02)
 
