@@ -8,6 +8,7 @@ there) in fresh processes, one per rank, on one thread each. What is compared is
 Before the models a tiny one trains one step, so that the code and buffers of the libraries, which no plan counts, are
 part of what is subtracted; the row shows how much that is. glibc is told (MALLOC_*_THRESHOLD_) to give every block of
 64 KiB or more back to the kernel as soon as it is freed: the peak is that of living tensors, not of a free list.
+Models come from a saved checkpoint as a job's do: the student block by block, the teacher as its placement says.
 Building and training are measured apart, each beside its own moment of the plan. Linux only. The rows also replace the
 table between the markers in docs/plan.md.
 """
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,15 +33,21 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.record import claim, publish
 from jobs.memory_plan import MemoryPlan
 from jobs.model_shape import shape_of_config
-from jobs.plan_request import PlanRequest
+from jobs.plan_request import PlanRequest, TeacherPlacement
 from jobs.process import free_port
+from jobs.stages.teacher import BATCH_LOGITS
 from kbop_core.convert import convert_plain, plan_conversion
-from kbop_core.engine import gang_of_ranks
+from kbop_core.engine import barrier, gang_of_ranks, share_frozen
+from kbop_core.hf import Model, load_lazily, load_model
 from kbop_core.loop import StepLayout, TrainConfig, start_run, train
 from kbop_core.shard import Gang
+from kbop_core.target_cache import TargetCache
+from kbop_core.teacher import CachedTeacher, LiveTeacher, Teacher
 from kbop_core.window_source import WindowsInMemory
 
 STEPS = 2
+#: Windows there are: a whole file of a cached teacher.
+WINDOWS = 64
 #: A configuration whose ranks take longer than this hangs, seconds.
 LIMIT_S = 300
 #: Freed blocks from this size on go back to the kernel at once, bytes.
@@ -65,8 +72,11 @@ class Configuration:
     micro_batch: int = 2
     context: int = 256
     micro_steps: int = 1
-    zero_stage: Literal[0, 1, 2] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 1
     evidence: Literal["bfloat16", "int8"] = "bfloat16"
+    teacher: TeacherPlacement = "resident"
+    checkpointing: bool = False
+    flip_rate: float = 0.004
 
     def config(self) -> dict[str, Any]:
         """The model's config.json."""
@@ -92,6 +102,9 @@ class Configuration:
             micro_steps=self.micro_steps,
             evidence=self.evidence,
             zero_stage=self.zero_stage,
+            teacher=self.teacher,
+            activation_checkpointing=self.checkpointing,
+            flip_rate=self.flip_rate,
         )
         return MemoryPlan(shape_of_config(self.config(), self.name), request)
 
@@ -107,6 +120,15 @@ CONFIGURATIONS = (
     Configuration("2 ranks", ranks=2),
     Configuration("2 ranks, ZeRO 2, 2 micro-steps", ranks=2, zero_stage=2, micro_steps=2, blocks=4, context=128),
     Configuration("2 ranks, 25 M weights, short windows", ranks=2, blocks=8, micro_batch=1, context=64),
+    Configuration("5 % flips, short windows", flip_rate=0.05, micro_batch=1, context=64),
+    Configuration("2 ranks, 5 % flips, short windows", ranks=2, flip_rate=0.05, micro_batch=1, context=64),
+    Configuration("2 ranks, int8 evidence, short windows", ranks=2, evidence="int8", micro_batch=1, context=64),
+    Configuration("2 ranks, ZeRO 3, large embedding", ranks=2, zero_stage=3, vocabulary=16_384, tied=False, blocks=2),
+    Configuration("2 ranks, ZeRO 3, short windows", ranks=2, zero_stage=3, micro_batch=1, context=64),
+    Configuration("checkpointing, long windows", checkpointing=True, micro_batch=1, context=1024),
+    Configuration("teacher offloaded, checkpointing", teacher="offloaded", checkpointing=True),
+    Configuration("teacher cached, checkpointing", teacher="cached", checkpointing=True),
+    Configuration("2 ranks, teacher sharded", ranks=2, teacher="sharded", context=128),
 )
 TINY = Configuration("tiny", hidden=64, ffn=128, blocks=1, kv_heads=1, vocabulary=256, micro_batch=1, context=32)
 
@@ -127,38 +149,84 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
-def run_once(config: Configuration, gang: Gang) -> dict[str, int]:
+def run_once(config: Configuration, gang: Gang, checkpoint: Path) -> dict[str, int]:
     """Peaks while the models are made and while they train, bytes beyond what was resident before."""
     gc.collect()
     before = resident("VmRSS")
     reset_peak()
-    torch.manual_seed(0)
-    teacher, student = (_model(config) for _ in range(2))
-    convert_plain(student, plan_conversion(student, 128), trainable=True)
-    built = resident("VmHWM")
-    reset_peak()
     layout = StepLayout(
         config.context, config.micro_batch * config.micro_steps * config.ranks, config.ranks, config.micro_batch
     )
-    ids = torch.randint(0, config.vocabulary, (layout.windows, config.context))
-    settings = TrainConfig(steps=10, zero_stage=config.zero_stage, evidence=config.evidence)
-    run = start_run(student, teacher, WindowsInMemory(ids, 0), settings, layout, gang)
+    rng = torch.Generator().manual_seed(0)
+    windows = WindowsInMemory(torch.randint(0, config.vocabulary, (WINDOWS, config.context), generator=rng), 0)
+    held = [_load(config, checkpoint)]
+    student = load_lazily(str(checkpoint), None, torch.float32, torch.device("cpu"))
+    convert_plain(student, plan_conversion(held[0], 128), trainable=True)
+    teacher = _teacher(config, held.pop(), windows, gang, checkpoint)
+    built = resident("VmHWM")
+    gc.collect()
+    reset_peak()
+    settings = TrainConfig(
+        steps=10,
+        zero_stage=config.zero_stage,
+        evidence=config.evidence,
+        activation_checkpointing=config.checkpointing,
+        flip_rate=config.flip_rate,
+    )
+    run = start_run(student, teacher, windows, settings, layout, gang)
     for _ in train(run, range(STEPS)):
         pass
     run.engine.close()
     return {"before": before, "build": built - before, "train": resident("VmHWM") - before}
 
 
-def _model(config: Configuration) -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(**config.config())).eval().requires_grad_(False)
+def _load(config: Configuration, checkpoint: Path) -> Model:
+    """The teacher as stage `train` finds it: whole if it will be resident, else with its blocks on disk."""
+    if config.teacher == "resident":
+        model = load_model(str(checkpoint))
+        for parameter in model.parameters():  # its pages are in memory once they are read, as after stage `init`
+            parameter.sum()
+        return model
+    return load_lazily(str(checkpoint), None, torch.float32, torch.device("cpu"))
+
+
+def _teacher(config: Configuration, model: Model, windows: WindowsInMemory, gang: Gang, checkpoint: Path) -> Teacher:
+    """The teacher of the placement, as jobs/stages/teacher.py makes it."""
+    if config.teacher == "sharded":
+        return LiveTeacher(share_frozen(model))
+    if config.teacher == "cached":
+        cache = TargetCache(checkpoint / "targets", range(len(windows)))
+        batch = max(1, BATCH_LOGITS // (config.vocabulary * config.context))
+        cache.write(gang, windows.rows, LiveTeacher(model).log_probs, batch)
+        barrier(gang)
+        return CachedTeacher(cache)
+    return LiveTeacher(model)
+
+
+def tiny_of(config: Configuration) -> Configuration:
+    """The warm-up: little memory, and the libraries that `config` uses."""
+    return replace(
+        TINY,
+        ranks=config.ranks,
+        zero_stage=config.zero_stage,
+        evidence=config.evidence,
+        teacher=config.teacher,
+        checkpointing=config.checkpointing,
+    )
+
+
+def save_model(config: Configuration, folder: Path) -> None:
+    """A checkpoint with random weights."""
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**config.config())).save_pretrained(folder)
 
 
 def rank_main(config: Configuration, out: Path) -> None:
     """What one rank does: a warm-up, the run, its figures as JSON."""
     torch.set_num_threads(1)
     with gang_of_ranks("cpu", 120) as gang:
-        run_once(Configuration(**asdict(TINY) | {"ranks": gang.size}), gang)
-        figures = run_once(config, gang)
+        run_once(tiny_of(config), gang, out / "tiny")
+        figures = run_once(config, gang, out / "model")
         (out / f"{gang.rank}.json").write_text(json.dumps(figures), encoding="utf-8")
 
 
@@ -178,6 +246,8 @@ def measure(config: Configuration) -> dict[str, int]:
         "MASTER_PORT": str(free_port()),
     }
     with tempfile.TemporaryDirectory() as folder:
+        save_model(tiny_of(config), Path(folder) / "tiny")
+        save_model(config, Path(folder) / "model")
         command = [sys.executable, "-m", "benchmarks.plan", json.dumps(asdict(config)), folder]
         ranks = [
             subprocess.Popen(command, env=os.environ | fixed | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
@@ -197,7 +267,7 @@ def measure(config: Configuration) -> dict[str, int]:
 def row(config: Configuration) -> dict[str, Any]:
     """One configuration, measured and planned, MiB."""
     measured, planned = measure(config), config.planned()
-    build, training = planned.phases[0].bytes, planned.training_peak.bytes
+    build, training = max(phase.bytes for phase in planned.making), planned.training_peak.bytes
     return {
         "name": config.name,
         "weights": planned.binary_weights,

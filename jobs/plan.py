@@ -13,9 +13,10 @@ from math import ceil
 from typing import Any
 
 from jobs.errors import BadPlan
-from jobs.memory_plan import PROBES, MemoryPlan, Phase, cached_token_bytes
+from jobs.memory_plan import MemoryPlan, Phase
 from jobs.model_shape import ModelShape
 from jobs.plan_request import PlanRequest
+from jobs.tensor_sizes import CHECKPOINTS, COUNTS, HISTOGRAMS, PROBES, WIRE, cached_token_bytes
 
 #: Share of a device's memory that a plan may fill: the rest covers what is not counted (driver, libraries,
 #: fragmentation) and the plan's own error (docs/plan.md).
@@ -96,19 +97,26 @@ class Plan:
 
     @property
     def host_bytes(self) -> int:
-        """Host memory of one rank with a GPU: a model is read there first, and token ids (8 bytes) stay there."""
+        """Host memory of one rank: the copy of its state while a checkpoint is written; with a GPU, a model loaded.
+
+        On a CPU this comes on top of the rank's peak. Token ids stay on disk.
+        """
         if self.request.device == "cpu":
-            return 0
-        shape, whole = self.shape, self.request.element * self.shape.parameters
-        block = ceil(self.request.element * sum(la.weights for la in shape.linears) / shape.blocks)
-        outside = self.request.element * (shape.embedding + shape.head)
-        loading = whole if self.request.build == "whole" or self.request.teacher == "resident" else block + outside
-        return loading + 8 * self.tokens
+            return self.memory.snapshot
+        shape, w = self.shape, self.request.element
+        by_blocks = self.memory.block + w * (shape.embedding + shape.head)
+        loading = w * shape.parameters if self.request.teacher == "resident" else by_blocks
+        return max(loading, self.memory.snapshot)
 
     @property
-    def disk_bytes(self) -> int:
-        """A cached teacher's file, written once."""
-        return self.tokens * cached_token_bytes(self.shape.vocabulary) if self.request.teacher == "cached" else 0
+    def disk_bytes(self) -> dict[str, int]:
+        """What training writes, by name: checkpoints (two kept, one being written), a cached teacher's targets."""
+        alone = MemoryPlan(self.shape, replace(self.request, ranks=1, teacher="resident"))
+        columns = 4 * sum(la.in_features for la in alone.binary)  # each rank writes them
+        found = {"checkpoints": CHECKPOINTS * (alone.snapshot + (self.request.ranks - 1) * columns)}
+        if self.request.teacher == "cached":
+            found["teacher's targets"] = self.tokens * cached_token_bytes(self.shape.vocabulary)
+        return found
 
     @property
     def latent_bytes(self) -> int:
@@ -121,13 +129,13 @@ class Plan:
         """What they cost here: bits, evidence, moments, and AdamW of their scales."""
         memory = self.memory
         of_scales = (memory.parameters + memory.optimizer) * memory.scales / memory.real
-        return memory.bits + memory.evidence + memory.moments + ceil(of_scales)
+        return memory.bits + memory.first_signs + memory.evidence + memory.moments + ceil(of_scales)
 
     @property
     def traffic(self) -> dict[str, int]:
         """Bytes a rank sends in one step, by collective (ring algorithms: a reduce-scatter sends (N−1)/N of its input).
 
-        Gradients of signs go out in the dtype they are computed in, once per micro-step.
+        Gradients of signs go to their owners in `WIRE` bytes each, an all-to-all once per micro-step.
         """
         n, memory, request = self.request.ranks, self.memory, self.request
         if n == 1:
@@ -139,10 +147,10 @@ class Plan:
         gathers = {0: 0, 1: 1, 2: 1, 3: 2 * micro}[request.zero_stage]
         full = w * real * part * (2 if request.zero_stage == 0 else reductions)
         found = {
-            "sign gradients": w * padded * part * micro,
+            "sign gradients": WIRE * padded * part * micro,
             "bits": memory.bits * part,
             "moments": 2 * part * 4 * PROBES * sum(la.in_features for la in memory.binary),
-            "thresholds": 4 * memory.best_scores * (n - 1),
+            "thresholds": 2 * part * 4 * HISTOGRAMS * COUNTS * len(memory.binary),
             "real gradients": full,
             "real parameters": gathers * w * real * part,
             "teacher": w * self.shape.parameters * part * micro if request.teacher == "sharded" else 0,
@@ -233,6 +241,4 @@ def _changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
         yield "teacher sharded over the ranks", replace(request, teacher="sharded")
     if request.ranks > 1 and request.zero_stage < 3:
         yield f"ZeRO stage {request.zero_stage + 1}", replace(request, zero_stage=request.zero_stage + 1)
-    if request.build == "whole":
-        yield "student built block by block", replace(request, build="blocks")
     yield f"{2 * request.ranks} ranks", replace(request, ranks=2 * request.ranks)

@@ -13,7 +13,6 @@ from jobs.spec import JobSpec
 
 TeacherPlacement = Literal["resident", "offloaded", "sharded", "cached"]
 EvidenceKind = Literal["bfloat16", "int8"]
-Build = Literal["whole", "blocks"]
 #: Longest window, in tokens, that a job takes without being told (`method.context`).
 DEFAULT_CONTEXT = 2048
 
@@ -35,7 +34,6 @@ class PlanRequest:
         zero_stage: 0 … 3, of the full-precision side.
         teacher: where the teacher lives.
         activation_checkpointing: whether blocks are run again in backward instead of keeping what they computed.
-        build: "whole": the student exists dense on the device before it is binarized; "blocks": one block at a time.
     """
 
     ranks: int = 1
@@ -50,7 +48,6 @@ class PlanRequest:
     zero_stage: int = 1
     teacher: TeacherPlacement = "resident"
     activation_checkpointing: bool = False
-    build: Build = "whole"
 
     def __post_init__(self) -> None:
         if self.teacher not in get_args(TeacherPlacement):
@@ -58,6 +55,8 @@ class PlanRequest:
         for name in ("ranks", "micro_batch", "context", "micro_steps", "group_size"):
             if (value := getattr(self, name)) < 1:
                 raise BadPlan(f"{name} is {value}", f"{name} is a whole number of 1 or more")
+        if self.teacher == "sharded" and self.ranks == 1:
+            raise BadPlan("teacher 'sharded' has one rank", "it is divided over ranks: use more, or 'offloaded'")
         if not 0 <= self.zero_stage <= 3:
             raise BadPlan(f"zero_stage is {self.zero_stage}", "legal: 0, 1, 2, 3")
         if not 0.0 <= self.flip_rate <= 0.5:
@@ -96,8 +95,8 @@ def request_from_spec(spec: JobSpec, own_context: int | None, device: str) -> Pl
         evidence=method.evidence,
         flip_rate=method.flip_rate,
         zero_stage=resources.zero_stage,
-        teacher=getattr(resources, "teacher", "resident"),
-        activation_checkpointing=getattr(resources, "activation_checkpointing", False),
+        teacher=resources.teacher,
+        activation_checkpointing=resources.activation_checkpointing,
     )
 
 

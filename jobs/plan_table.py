@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs.model_shape import ModelShape, shape_of_config
 from jobs.plan import Plan
-from jobs.plan_request import Build, EvidenceKind, PlanRequest, TeacherPlacement
+from jobs.plan_request import EvidenceKind, PlanRequest, TeacherPlacement
 
 #: Values of the published config.json files; all tensors of these models follow from them.
 KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
@@ -63,7 +63,6 @@ MACHINES = (
 #: What the table tries, the cheapest first.
 MICRO_BATCHES = (4, 2, 1)
 EVIDENCE: tuple[EvidenceKind, ...] = ("bfloat16", "int8")
-BUILDS: tuple[Build, ...] = ("whole", "blocks")
 TEACHERS: tuple[TeacherPlacement, ...] = ("resident", "sharded", "offloaded", "cached")
 TEACHERS_OF_ONE: tuple[TeacherPlacement, ...] = ("resident", "offloaded", "cached")
 
@@ -87,7 +86,6 @@ def placement(plan: Plan) -> str:
         f"ZeRO {request.zero_stage}" if request.zero_stage != 1 else "",
         f"teacher {request.teacher}" if request.teacher != "resident" else "",
         "int8 evidence" if request.evidence == "int8" else "",
-        "student by blocks" if request.build == "blocks" else "",
     ]
     return ", ".join(w for w in words if w) or "defaults"
 
@@ -129,8 +127,7 @@ def first_that_fits(base: Plan, micro_batches: Sequence[int]) -> Plan:
 def _placements(base: PlanRequest, micro_batches: Sequence[int]) -> Iterator[PlanRequest]:
     """Ways to train, cheapest first: a change costs less the further right it stands in the product."""
     several = base.ranks > 1
-    for build, teacher, evidence, zero_stage, again, micro_batch in product(
-        BUILDS,
+    for teacher, evidence, zero_stage, again, micro_batch in product(
         TEACHERS if several else TEACHERS_OF_ONE,
         EVIDENCE,
         (1, 3) if several else (1,),
@@ -144,5 +141,4 @@ def _placements(base: PlanRequest, micro_batches: Sequence[int]) -> Iterator[Pla
             zero_stage=zero_stage,
             teacher=teacher,
             activation_checkpointing=again,
-            build=build,
         )

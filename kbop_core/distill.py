@@ -94,20 +94,49 @@ def top_targets(log_p_BTV: Tensor, k: int) -> TopTargets:
     return TopTargets(ids, best, rest)
 
 
+class _TopKullbackLeibler(torch.autograd.Function):
+    """Mean KL of the distribution over k tokens and "any other", and its gradient, made together in pieces.
+
+    With P = Σ p_k + p_rest and K the k tokens:  ∂/∂z_j = P q_j − p_j [j ∈ K] − p_rest (q_j / q_rest) [j ∉ K].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, log_p: Tensor, log_rest: Tensor) -> Tensor:
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), device=logits.device)
+        rows = max(1, CHUNK // logits.shape[-1])
+        for start in range(0, len(logits), rows):
+            part = slice(start, start + rows)
+            log_q = torch.log_softmax(logits[part].float(), dim=-1)
+            top_q = log_q.gather(-1, ids[part])
+            log_q.scatter_(-1, ids[part], -torch.inf)  # from here on: of the other tokens
+            rest_q = log_q.logsumexp(-1, keepdim=True)
+            p, rest = log_p[part].exp(), log_rest[part, None].exp()
+            some = log_rest[part, None] > LEAST_REST
+            total += (p * (log_p[part] - top_q)).sum()
+            total += (rest * torch.where(some, log_rest[part, None] - torch.where(some, rest_q, 0.0), 0.0)).sum()
+            if gradient is not None:
+                mass = p.sum(-1, keepdim=True) + torch.where(some, rest, 0.0)
+                others = mass - torch.where(some, rest * (-rest_q).exp(), 0.0)
+                gradient[part] = log_q.exp_().mul_(others).scatter_(-1, ids[part], mass * top_q.exp() - p)
+        ctx.save_for_backward(gradient)
+        return total / len(logits)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * (gradients[0] / len(gradient)), None, None, None
+
+
 def top_k_loss(student_BTV: Tensor, targets: TopTargets) -> Tensor:
     """Mean KL(teacher ‖ student) of the distribution over k tokens and "any other", nats per token.
 
     It is at most the whole KL (data processing), equal to it for k = V, and unlike a renormalised top-k it is 0 only
     where the student gives the rest its due.
     """
-    logits = student_BTV.float()
-    whole = logits.logsumexp(-1, keepdim=True)
-    log_q = logits.gather(-1, targets.ids_BTK) - whole
-    rest_q = logits.scatter(-1, targets.ids_BTK, -torch.inf).logsumexp(-1) - whole.squeeze(-1)
-    kl = (targets.log_p_BTK.exp() * (targets.log_p_BTK - log_q)).sum(-1)
-    some = targets.log_rest_BT > LEAST_REST
-    safe = torch.where(some, targets.log_rest_BT - torch.where(some, rest_q, 0.0), 0.0)
-    return (kl + targets.log_rest_BT.exp() * safe).mean()
+    flat = [t.flatten(0, 1) for t in (student_BTV, targets.ids_BTK, targets.log_p_BTK, targets.log_rest_BT)]
+    loss: Tensor = _TopKullbackLeibler.apply(*flat)  # type: ignore[no-untyped-call]
+    return loss
 
 
 @torch.no_grad()

@@ -21,6 +21,8 @@ from torch import Tensor
 EvidenceKind = Literal["bfloat16", "int8"]
 #: Weights of a row that share a block scale in int8.
 BLOCK = 64
+#: Weights whose int8 evidence is decoded at a time while a gradient is added: 4 MiB in float32.
+AT_ONCE = 2**20
 #: Block scales up to this count as 0: the inverse of a smaller one is no float32.
 LEAST_SCALE = 2.0**-126
 
@@ -90,19 +92,24 @@ class _BlockInt8:
         self.scales = torch.zeros(rows, blocks, dtype=torch.float32, device=device)
 
     def add(self, gradient_RI: Tensor, gain: float) -> None:
-        whole = self.values().add_(gradient_RI.float(), alpha=gain)
-        tail = self.scales.shape[1] * BLOCK - self.columns
+        rows = max(1, AT_ONCE // max(1, self.columns))
+        for start in range(0, len(gradient_RI), rows):
+            self._add_rows(slice(start, start + rows), gradient_RI[start : start + rows], gain)
+
+    def _add_rows(self, rows: slice, gradient_RI: Tensor, gain: float) -> None:
+        codes, scales = self.codes[rows], self.scales[rows]
+        whole = _decoded(codes, scales).add_(gradient_RI.float(), alpha=gain)
+        tail = scales.shape[1] * BLOCK - self.columns
         padded = F.pad(whole, (0, tail)) if tail else whole
-        blocks = padded.view(*self.scales.shape, BLOCK)
-        torch.amax(blocks.abs(), dim=-1, out=self.scales)
-        self.scales /= 127.0
-        inverse = torch.where(self.scales > LEAST_SCALE, 1.0 / self.scales, 0.0)
-        codes = (blocks * inverse.unsqueeze(-1)).round_().clamp_(-127, 127)
-        self.codes.copy_(codes.view(padded.shape)[:, : self.columns])
+        blocks = padded.view(*scales.shape, BLOCK)
+        torch.amax(blocks.abs(), dim=-1, out=scales)
+        scales /= 127.0
+        inverse = torch.where(scales > LEAST_SCALE, 1.0 / scales, 0.0)
+        fresh = (blocks * inverse.unsqueeze(-1)).round_().clamp_(-127, 127)
+        codes.copy_(fresh.view(padded.shape)[:, : self.columns])
 
     def values(self) -> Tensor:
-        spread = self.scales.repeat_interleave(BLOCK, dim=1)[:, : self.columns]
-        return self.codes.float().mul_(spread)
+        return _decoded(self.codes, self.scales)
 
     def multiply(self, factor: float) -> None:
         self.scales.mul_(factor)
@@ -113,3 +120,8 @@ class _BlockInt8:
 
     def tensors(self) -> dict[str, Tensor]:
         return {"codes": self.codes, "scales": self.scales}
+
+
+def _decoded(codes_RI: Tensor, scales_RB: Tensor) -> Tensor:
+    """codes × the scale of their block, float32 (R, I)."""
+    return codes_RI.float().mul_(scales_RB.repeat_interleave(BLOCK, dim=1)[:, : codes_RI.shape[1]])

@@ -73,6 +73,8 @@ from kbop_core.slices import Slice, SliceReader
 POWER = 0.75
 #: κ: what a flip leaves of its evidence, mirrored to the side of the old sign, 0 … 1 (docs/quality.md).
 MIRROR = 0.8
+#: Bytes of bits that are gathered at a time, about.
+BITS_AT_ONCE = 2**26
 #: What the names of KBOP's tensors in a checkpoint begin with.
 STATE_PREFIXES = ("bits.", "evidence.", "row.", "column.", "first_signs.")
 #: Once Π β is below this, the stored evidence is multiplied by it: a power of two, so nothing is rounded.
@@ -297,13 +299,19 @@ class KBOP:
         )
 
     def _share_bits(self) -> None:
-        """All-gather of packed bits."""
+        """All-gather of packed bits, a few layers at a time: a gathered copy of all would be as large as they are."""
         if self.gang.size == 1:
             return
-        layers = [s.layer for s in self.shards.values()]
-        whole = self.gang.gather_rows([s.bits for s in self.shards.values()], [la.out_features for la in layers])
-        for layer, bits in zip(layers, whole, strict=True):
-            layer.weight.copy_(bits)
+        waiting, held, shards = list[_Shard](), 0, list(self.shards.values())
+        for shard in shards:
+            waiting.append(shard)
+            held += shard.layer.weight.nbytes
+            if held < BITS_AT_ONCE and shard is not shards[-1]:
+                continue
+            whole = self.gang.gather_rows([s.bits for s in waiting], [s.layer.out_features for s in waiting])
+            for one, bits in zip(waiting, whole, strict=True):
+                one.layer.weight.copy_(bits)
+            waiting, held = [], 0
 
     def _stats(self, counted: Tensor) -> FlipStats:
         """From each layer's flips, flips in sampled rows and reversals among those: int64 (layers, 3), all ranks."""
@@ -360,6 +368,7 @@ def _flip(shard: _Shard, places: Tensor) -> Tensor:
     Returns:
         int64 (3,): flips, those in sampled rows, and reversals among these.
     """
+    places = places.long()
     shard.evidence.multiply_at(places, -MIRROR)
     row, column = places // shard.layer.in_features, places % shard.layer.in_features
     counted = torch.cat([places.new_tensor([places.numel()]), shard.reversals.count(shard.bits, row, column)])

@@ -9,7 +9,7 @@ so four histograms of one byte each, summed over ranks, name the value (radix se
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,10 +18,12 @@ from kbop_core.shard import Gang
 
 #: Values of a digit.
 BASE = 256
+#: Values that are looked at together: what that takes is 20 bytes for each.
+HANDFUL = 2**22
 
 
 def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest values (zeros appended when there are fewer), in any order, and their places.
+    """The `count` largest values (zeros appended when there are fewer), and their places, int32 where that suffices.
 
     A sample gives a bound that about twice as many exceed, so that only those are sorted: the result is the same.
 
@@ -39,7 +41,8 @@ def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     top = values[places].topk(min(count, places.numel()))
     missing = count - top.values.numel()
     found = torch.cat([top.values, top.values.new_zeros(missing)])
-    return found, torch.cat([places[top.indices], places.new_zeros(missing)])
+    places = places[top.indices].to(torch.int64 if values.numel() >= 2**31 else torch.int32)
+    return found, torch.cat([places, places.new_zeros(missing)])
 
 
 def kth_largest(values: Sequence[Tensor], ranks: Sequence[int], gang: Gang) -> list[float]:
@@ -50,18 +53,34 @@ def kth_largest(values: Sequence[Tensor], ranks: Sequence[int], gang: Gang) -> l
         ranks: k of each layer, ≥ 1, the same on every rank.
         gang: the ranks; four small all-reduces for all layers.
     """
-    layers, device = len(values), values[0].device
-    lengths = torch.tensor([v.numel() for v in values], device=device)
-    layer = torch.repeat_interleave(torch.arange(layers, device=device), lengths)
-    bits = torch.cat([v.clamp_min(0.0) for v in values]).view(torch.int32).long()
-    left = torch.tensor(list(ranks), device=device)
-    found = torch.zeros(layers, dtype=torch.int64, device=device)
+    left = torch.tensor(list(ranks), device=values[0].device)
+    found = torch.zeros_like(left)
     for shift in (24, 16, 8, 0):
-        alike = bits >> (shift + 8) == found[layer]
-        digits = (bits[alike] >> shift) % BASE
-        counts = torch.bincount(layer[alike] * BASE + digits, minlength=layers * BASE).int()
-        above = gang.sum(counts).view(layers, BASE).long().flip(1).cumsum(1)
+        counts = torch.cat([_digits(values[part], found[part], shift) for part in _handfuls(values)])
+        above = gang.sum(counts).long().flip(1).cumsum(1)
         passed = (above < left[:, None]).sum(1).clamp_max(BASE - 1)  # largest digits whose values all come before it
         left = left - torch.where(passed > 0, above.gather(1, (passed - 1).clamp_min(0)[:, None]).squeeze(1), 0)
         found = found * BASE + (BASE - 1 - passed)
     return [float(value) for value in found.int().view(torch.float32).tolist()]
+
+
+def _handfuls(values: Sequence[Tensor]) -> Iterator[slice]:
+    """Consecutive layers with at most `HANDFUL` values together, or one layer: what is looked at together."""
+    start = held = 0
+    for place, layer in enumerate(values):
+        if held and held + layer.numel() > HANDFUL:
+            yield slice(start, place)
+            start, held = place, 0
+        held += layer.numel()
+    yield slice(start, len(values))
+
+
+def _digits(values: Sequence[Tensor], found: Tensor, shift: int) -> Tensor:
+    """How many values that begin with the digits found have which next digit, int32 (layers, BASE)."""
+    lengths = torch.tensor([v.numel() for v in values], device=found.device)
+    layer = torch.repeat_interleave(torch.arange(len(values), dtype=torch.int32, device=found.device), lengths)
+    bits = torch.cat(list(values)).clamp_min_(0.0).add_(0.0).view(torch.int32)  # −0 becomes 0
+    alike = bits >> (shift + 8) == found.int()[layer] if shift < 24 else slice(None)  # no digit is found yet
+    digits = (bits[alike] >> shift) % BASE
+    counts = torch.bincount(layer[alike] * BASE + digits, minlength=len(values) * BASE)
+    return counts.int().view(len(values), BASE)

@@ -69,7 +69,11 @@ class Gang:
             with self.phases.phase("communication"):
                 work.wait()
             del sent  # the collective may read it until here
-            return received.view(self.size, block, width).sum(0, dtype=torch.float32)[: mine.stop - mine.start]
+            parts = received.view(self.size, block, width)[:, : mine.stop - mine.start]
+            total = parts[0].to(torch.float32, copy=True)
+            for part in parts[1:]:  # not `sum(dtype=float32)`, which makes a float32 copy of all parts first
+                total += part
+            return total
 
         return finish
 

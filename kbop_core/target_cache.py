@@ -105,6 +105,7 @@ class TargetCache:
             targets = top_targets(log_p, min(TOP, vocabulary))
             ids = targets.ids_BTK.to(torch.uint16 if vocabulary <= 2**16 else torch.int32)
             found.append([t.cpu() for t in (ids, targets.log_p_BTK.half(), targets.log_rest_BT.half())])
+            del log_p, targets  # before the teacher makes the next ones
         ids, log_p, log_rest = (torch.cat(tensors) for tensors in zip(*found, strict=True))
         tensors = {"ids": ids, "log_p": log_p, "log_rest": log_rest}
         save_tensors(tensors, self._path(part), {"windows": json.dumps(numbers)})

@@ -30,9 +30,6 @@ def plan(  # noqa: PLR0913 (the options of a command)
     checkpointing: Annotated[
         bool, typer.Option("--activation-checkpointing", help="Run blocks again in backward.")
     ] = False,
-    by_blocks: Annotated[
-        bool, typer.Option("--student-by-blocks", help="Binarize block by block, no dense student on the GPU.")
-    ] = False,
     tokens_per_s: Annotated[float | None, typer.Option(help="Throughput of all ranks that you know of.")] = None,
     report: Annotated[Path | None, typer.Option(help="report.json of a job whose throughput to assume.")] = None,
     flops_per_s: Annotated[float | None, typer.Option(help="FLOP/s of one GPU; needs --utilization.")] = None,
@@ -56,7 +53,7 @@ def plan(  # noqa: PLR0913 (the options of a command)
         print_table(console())
         return
     named = SpecOptions(file=spec, model=model, tokens=tokens, gpus=gpus, settings=tuple(settings or ()))
-    changes = (zero_stage, teacher, checkpointing, by_blocks)
+    changes = (zero_stage, teacher, checkpointing)
     options = PlanOptions(named, device, gpu_memory, *changes, tokens_per_s, report, flops_per_s, utilization)
     try:
         made = make_plan(options)

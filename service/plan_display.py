@@ -89,8 +89,8 @@ def _facts(plan: Plan) -> Iterable[tuple[str, str]]:
         yield f"sent per step and rank, {name}", gigabytes(size)
     if plan.host_bytes:
         yield "host memory, per rank", gigabytes(plan.host_bytes)
-    if plan.disk_bytes:
-        yield "cached teacher on disk", gigabytes(plan.disk_bytes)
+    for name, size in plan.disk_bytes.items():
+        yield f"disk, {name}", gigabytes(size)
     yield "FLOP per token", f"{plan.flops_per_token:.3g}"
     if plan.speed is None:
         yield "training time", "not known: nobody gave a throughput (--tokens-per-s, --report or --flops-per-s)"

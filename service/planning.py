@@ -35,7 +35,7 @@ class PlanOptions:
         spec: the job; its data may be missing.
         device: "cuda" or "cpu".
         gpu_memory: of one device, as text.
-        zero_stage, teacher, checkpointing, by_blocks: replace what the spec says (PlanRequest).
+        zero_stage, teacher, checkpointing: replace what the spec says (PlanRequest).
         tokens_per_s, report, flops_per_s, utilization: the throughput, in one of three ways.
     """
 
@@ -45,7 +45,6 @@ class PlanOptions:
     zero_stage: int | None = None
     teacher: str | None = None
     checkpointing: bool = False
-    by_blocks: bool = False
     tokens_per_s: float | None = None
     report: Path | None = None
     flops_per_s: float | None = None
@@ -78,7 +77,6 @@ def _changes(options: PlanOptions) -> dict[str, Any]:
         "zero_stage": options.zero_stage,
         "teacher": options.teacher,
         "activation_checkpointing": options.checkpointing or None,
-        "build": "blocks" if options.by_blocks else None,
     }
     return {name: value for name, value in given.items() if value is not None}
 

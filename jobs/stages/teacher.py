@@ -22,9 +22,8 @@ def training_teacher(space: Workspace) -> Teacher:
     """The teacher of the job; every rank calls."""
     place = space.spec.resources.teacher
     if place == "sharded":
-        shared = LiveTeacher(share_frozen(space.fresh_model()))
-        space.forget_teacher()  # the plan was made from another copy
-        return shared
+        space.forget_teacher()  # its embedding and head, whole on every rank
+        return LiveTeacher(share_frozen(space.fresh_model()))
     if place == "cached":
         return CachedTeacher(_stored_targets(space))
     return LiveTeacher(space.teacher)  # resident, or loaded block by block

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kbop_core import evidence
 from kbop_core.evidence import BLOCK, Evidence, EvidenceKind, make_evidence
 
 CPU = torch.device("cpu")
@@ -171,3 +172,18 @@ def test_what_became_too_small_for_a_float_becomes_zero_and_not_noise(kind: Evid
 def test_an_unknown_kind_is_refused_with_the_legal_ones(kind: EvidenceKind) -> None:
     with pytest.raises(ValueError, match=r"evidence is .*; legal: 'bfloat16' \(2 bytes a weight\), 'int8' \(1\.06\)"):
         make_evidence(kind, 2, 8, CPU)
+
+
+@pytest.mark.parametrize("at_once", [1, 100, 129, 300, 10_000])
+def test_int8_evidence_does_not_depend_on_how_many_rows_are_decoded_at_a_time(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradients = torch.randn(4, 5, 129, generator=torch.Generator().manual_seed(0))
+    whole = make_evidence("int8", 5, 129, torch.device("cpu"))
+    for gradient in gradients:
+        whole.add(gradient.clone(), 0.3)
+    monkeypatch.setattr(evidence, "AT_ONCE", at_once)
+    pieces = make_evidence("int8", 5, 129, torch.device("cpu"))
+    for gradient in gradients:
+        pieces.add(gradient.clone(), 0.3)
+    assert torch.equal(pieces.values(), whole.values())

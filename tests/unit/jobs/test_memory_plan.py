@@ -14,19 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from jobs import tensor_sizes
 from jobs.errors import BadPlan
-from jobs.memory_plan import (
-    KL_COPIES,
-    PROBES,
-    TOP_KL_COPIES,
-    MemoryPlan,
-    activation_bytes,
-    cached_token_bytes,
-    final_norm_bytes,
-)
+from jobs.memory_plan import MemoryPlan
 from jobs.model_shape import shape_of_config
 from jobs.plan_request import PlanRequest, deal_windows
-from kbop_core import kbop
+from jobs.stages import teacher as stages_teacher
+from jobs.tensor_sizes import CANDIDATE, SELECTION, activation_bytes, cached_token_bytes, final_norm_bytes
+from kbop_core import distill, engine, kbop, moments, reversals, selection, target_cache, training_state
 from kbop_core.convert import binary_layers, convert_plain, plan_conversion
 from kbop_core.distill import distillation_loss, top_k_loss, top_targets
 from kbop_core.kbop import KBOP
@@ -110,9 +105,36 @@ def test_bits_evidence_and_moments_are_those_that_kbop_holds(evidence: Any, rank
     shards = optimizer.shards.values()
     assert planned.bits == sum(la.weight.nbytes for la in layers.values())
     assert planned.evidence == sum(t.nbytes for s in shards for t in s.evidence.tensors().values())
-    held = [(s.row, s.column, s.row_sketch, s.column_sketch) for s in shards]
+    held = [(m.row, m.column, m.row_sketch, m.column_sketch) for m in (s.moments for s in shards)]
     assert planned.moments == sum(t.nbytes for group in held for t in group) + optimizer._probes.nbytes
-    assert PROBES == kbop.PROBES
+    assert planned.first_signs == sum(s.reversals.start.nbytes for s in shards)
+
+
+def test_numbers_that_the_core_fixes_are_the_cores() -> None:
+    sizes = tensor_sizes
+    assert (sizes.PROBES, sizes.SAMPLED_ROWS) == (moments.PROBES, reversals.SAMPLE)
+    assert (sizes.KL_CHUNK, sizes.ZERO_BUCKET) == (distill.CHUNK, engine.BUCKET)
+    assert (sizes.COUNTS, sizes.CACHE_TOP) == (selection.BASE, target_cache.TOP)
+    assert sizes.CHECKPOINTS == training_state.KEEP + 1
+    assert (sizes.TARGET_LOGITS, sizes.TARGET_WINDOWS) == (stages_teacher.BATCH_LOGITS, target_cache.PART)
+    assert torch.zeros(1, dtype=Gang().wire).nbytes == sizes.WIRE
+    assert KBOP(binary_layers(student("llama", 1)), FlipSchedule(0.01, 9, 1)).in_flight == sizes.IN_FLIGHT
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_copy_of_a_checkpoint_is_a_ranks_state_without_its_sketches(ranks: int) -> None:
+    layers = binary_layers(student("llama", 2))
+    optimizer = KBOP(layers, FlipSchedule(0.01, 9, 1), gang=Gang(0, ranks))
+    planned = plan(ranks=ranks)
+    signs = sum(piece.rows.nbytes for piece in optimizer.state().values())
+    assert planned.snapshot - 12 * -(-planned.real // ranks) == pytest.approx(signs, rel=0.01)
+
+
+@pytest.mark.parametrize("teacher", ["resident", "offloaded", "sharded", "cached"])
+def test_the_student_is_made_one_block_at_a_time(teacher: Any) -> None:
+    made = plan(teacher=teacher, ranks=2, device="cuda").making[0].parts
+    dense = 2 * plan().binary_weights
+    assert made["block"] - 8 * plan().largest.weights == dense / 2 and made["student"] < dense
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -170,35 +192,89 @@ def test_the_loss_holds_as_many_copies_of_the_logits_as_planned(dtype: torch.dty
     student_BTV, teacher_BTV = (torch.randn(2, 8, 500).to(dtype) for _ in range(2))
     logits = student_BTV.requires_grad_()
     made = peak_of(lambda: distillation_loss(logits, teacher_BTV).backward())
-    assert (made + student_BTV.nbytes + teacher_BTV.nbytes) / (4 * student_BTV.numel()) == pytest.approx(
-        KL_COPIES, rel=0.01
-    )
+    planned = loss_plan("resident", dtype)
+    assert made + student_BTV.nbytes + teacher_BTV.nbytes == pytest.approx(planned, rel=0.01)
 
 
-def test_the_loss_of_a_cached_teacher_holds_as_many_copies_as_planned() -> None:
+@pytest.mark.parametrize("chunk", [500, 1700, 2**24])
+def test_the_loss_works_on_pieces_as_large_as_planned(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill, "CHUNK", chunk)
+    monkeypatch.setattr("jobs.memory_plan.KL_CHUNK", chunk)
+    logits = torch.randn(16, 500, requires_grad=True)
+    made = peak_of(lambda: distillation_loss(logits, torch.randn(16, 500)))
+    assert made + logits.nbytes == pytest.approx(loss_plan("resident", torch.float32), rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_loss_of_a_cached_teacher_holds_as_many_copies_as_planned(dtype: torch.dtype) -> None:
     targets = top_targets(torch.randn(2, 8, 500).log_softmax(-1), 4)
-    logits = torch.randn(2, 8, 500, requires_grad=True)
+    logits = torch.randn(2, 8, 500).to(dtype).requires_grad_()
     made = peak_of(lambda: top_k_loss(logits, targets).backward())
-    assert (made + logits.nbytes) / logits.nbytes == pytest.approx(TOP_KL_COPIES, rel=0.05)
+    assert made + logits.nbytes == pytest.approx(loss_plan("cached", dtype), rel=0.05)
+
+
+def loss_plan(teacher: Any, dtype: torch.dtype) -> int:
+    """Bytes planned for the loss of 16 tokens and 500 words."""
+    device: Any = "cpu" if dtype == torch.float32 else "cuda"
+    shape = shape_of_config(config_of("llama", 1) | {"vocab_size": 500}, "x")
+    return MemoryPlan(shape, PlanRequest(device=device, context=16, group_size=16, teacher=teacher))._loss
+
+
+@pytest.mark.parametrize("layers", [1, 5])
+def test_finding_the_thresholds_takes_the_bytes_planned_for_each_candidate(layers: int) -> None:
+    values = [torch.rand(4000) for _ in range(layers)]
+    made = peak_of(lambda: selection.kth_largest(values, [3000] * layers, Gang()))
+    fixed = 3 * 8 * selection.BASE * layers
+    assert made - fixed == pytest.approx(SELECTION * 4000 * layers, rel=0.05)
+
+
+def test_candidates_keep_their_value_and_their_place() -> None:
+    values, places = selection.largest(torch.rand(1000), 10)
+    assert values.nbytes + places.nbytes == 10 * CANDIDATE
 
 
 @pytest.mark.parametrize("evidence", ["bfloat16", "int8"])
-def test_backward_through_a_layer_holds_what_is_planned(evidence: Any) -> None:
-    model = student("llama", 1)
-    layers = binary_layers(model)
-    planned = plan(evidence=evidence)
+def test_flips_hold_one_layers_scores_as_planned(evidence: Any) -> None:
+    layers = binary_layers(student("llama", 1))
+    planned = plan(evidence=evidence, flip_rate=0.0)
+    optimizer = KBOP(layers, FlipSchedule(0.0, 9, 1), evidence=evidence)
+    made = peak_of(lambda: kbop._scores(optimizer.shards[planned.largest.name]))
+    scores = planned._flips - CANDIDATE * planned.candidates
+    assert made == pytest.approx(scores, rel=0.1)
+
+
+@pytest.mark.parametrize(("dtype", "device"), [(torch.float32, "cpu"), (torch.bfloat16, "cuda")])
+@pytest.mark.parametrize("evidence", ["bfloat16", "int8"])
+def test_backward_through_a_layer_holds_what_is_planned(evidence: Any, dtype: torch.dtype, device: Any) -> None:
+    layers = binary_layers(student("llama", 1, dtype))
+    planned = plan(evidence=evidence, device=device)
     layer = layers[planned.largest.name]
     KBOP(layers, FlipSchedule(0.01, 9, 1), evidence=evidence)
-    y = layer(torch.randn(BATCH, CONTEXT, layer.in_features, requires_grad=True))
+    y = layer(torch.randn(BATCH, CONTEXT, layer.in_features, dtype=dtype, requires_grad=True))
     made = peak_of(lambda: y.backward(torch.ones_like(y)))
     assert made == pytest.approx(planned._layer_backward, rel=0.02)
 
 
+class Alike(Gang):
+    """Ranks that all hold what this one holds."""
+
+    def all_gather(self, part: Tensor) -> list[Tensor]:
+        whole = torch.cat([part.reshape(-1)] * self.size)
+        return [piece.view(part.shape) for piece in whole.split(part.numel())]
+
+
+@pytest.mark.parametrize("ranks", [2, 5])
+def test_gathering_the_bits_takes_them_twice_and_the_own_part_as_planned(ranks: int) -> None:
+    layers = binary_layers(student("llama", 2))
+    optimizer = KBOP(layers, FlipSchedule(0.0, 9, 1), gang=Alike(0, ranks))
+    assert peak_of(optimizer._share_bits) == pytest.approx(plan(ranks=ranks)._bits_of_all, rel=0.1)
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.004, 0.5])
-def test_best_scores_are_those_of_the_peak_rate(rate: float) -> None:
+def test_candidates_are_those_of_the_peak_rate(rate: float) -> None:
     planned, schedule = plan(flip_rate=rate), FlipSchedule(rate, 1000, 10)
     most = max(sum(schedule.count(step, la.weights) + 1 for la in planned.binary) for step in range(8, 30))
-    assert planned.best_scores == pytest.approx(most, abs=len(planned.binary))
+    assert planned.candidates == pytest.approx(most, abs=len(planned.binary))
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 1000, 2048, 40_000])
@@ -234,6 +310,11 @@ def test_the_peak_is_the_largest_moment_and_its_parts_add_up() -> None:
 def test_impossible_requests_are_refused_by_field(field: str, value: Any) -> None:
     with pytest.raises(BadPlan, match=field):
         PlanRequest(**{field: value})
+
+
+def test_one_rank_has_nobody_to_share_a_teacher_with() -> None:
+    with pytest.raises(BadPlan, match="sharded"):
+        PlanRequest(teacher="sharded")
 
 
 def test_keeping_every_layer_leaves_nothing_to_plan() -> None:

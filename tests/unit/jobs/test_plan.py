@@ -46,8 +46,9 @@ def test_one_rank_sends_nothing() -> None:
     assert plan(ranks=1).traffic == {}
 
 
-def test_sign_gradients_are_sent_once_per_micro_step_in_half_precision() -> None:
-    made = plan(ranks=4, micro_steps=3)
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_sign_gradients_are_sent_once_per_micro_step_in_half_precision(device: Any) -> None:
+    made = plan(ranks=4, micro_steps=3, device=device)
     assert made.traffic["sign gradients"] == 3 * 2 * made.memory.binary_weights * 3 // 4
     assert made.traffic["bits"] == made.memory.binary_weights // 8 * 3 // 4
 
@@ -67,9 +68,30 @@ def test_zero_stages_send_what_their_collectives_do(stage: int, gradients: float
     assert made.traffic.get("real parameters", 0) == pytest.approx(parameters * whole, rel=1e-6)
 
 
+def test_thresholds_take_four_sums_of_a_kilobyte_a_layer_whatever_the_rate() -> None:
+    for rate in (0.001, 0.5):
+        made = plan(ranks=2, flip_rate=rate)
+        assert made.traffic["thresholds"] == 4 * 1024 * len(made.memory.binary)
+
+
 def test_a_cached_teacher_takes_disk_and_no_memory() -> None:
     made = plan(teacher="cached", tokens=1000)
-    assert made.disk_bytes == 386_000 and made.memory.teacher == 0 and plan(tokens=1000).disk_bytes == 0
+    assert made.disk_bytes["teacher's targets"] == 386_000 and made.memory.teacher == 0
+    assert list(plan(tokens=1000).disk_bytes) == ["checkpoints"]
+
+
+def test_checkpoints_hold_every_ranks_state_three_times() -> None:
+    one, four = plan(), plan(ranks=4)
+    columns = 4 * sum(la.in_features for la in one.memory.binary)
+    assert one.disk_bytes["checkpoints"] == 3 * one.memory.snapshot
+    assert four.disk_bytes["checkpoints"] == one.disk_bytes["checkpoints"] + 9 * columns
+    assert 4 * four.memory.snapshot == pytest.approx(one.memory.snapshot, rel=0.01)
+
+
+def test_a_gpus_host_reads_a_resident_teacher_whole_and_others_by_blocks() -> None:
+    whole, by_blocks = plan("8B", ranks=8), plan("8B", ranks=8, teacher="sharded")
+    assert whole.host_bytes == 2 * whole.shape.parameters and by_blocks.host_bytes < whole.host_bytes / 3
+    assert plan("8B", ranks=8, device="cpu").host_bytes == whole.memory.snapshot
 
 
 def test_flops_per_token_are_eight_a_weight_and_attention() -> None:
@@ -147,7 +169,7 @@ def test_the_table_changes_nothing_where_the_defaults_fit() -> None:
 
 
 def test_the_first_way_that_fits_changes_what_it_must_and_keeps_the_rest() -> None:
-    base = plan("1.7B", 24 * GB, group_size=64)
+    base = plan("1.7B", 20 * GB, group_size=64)
     found = first_that_fits(base, [1])
     assert base.fits is False and found.fits and found.request.group_size == 64
     assert replace(found.request, activation_checkpointing=False) == base.request

@@ -35,7 +35,7 @@ def test_a_plan_that_does_not_fit_says_what_would_help(plan: Callable[..., Any])
 
 
 def test_a_plan_that_does_not_fit_names_a_way_that_does(plan: Callable[..., Any]) -> None:
-    assert "fits as" in plan("1.7B", "--gpu-memory", "24GB").stdout
+    assert "fits as" in plan("1.7B", "--gpu-memory", "20GB").stdout
     assert "least of all ways" in plan("70B", "--gpu-memory", "24GB").stdout
 
 

@@ -1,0 +1,78 @@
+"""Owns the sizes that code of kbop_core fixes: of one layer, one token, one moment, in bytes; torch is not needed.
+
+Refuses to know ranks, phases and peaks (memory_plan.py). Each constant names the module whose tensors it counts;
+tests/unit/jobs/test_memory_plan.py compares them with living tensors.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+from jobs.model_shape import Linear, ModelShape
+
+#: Random projections that measure second moments (moments.py), and rows whose first signs are kept (reversals.py).
+PROBES, SAMPLED_ROWS = 16, 16
+#: Reduce-scatters that overlap with backward (kbop.py), and bytes of a gradient on its way (shard.py, `Gang.wire`).
+IN_FLIGHT, WIRE = 1, 2
+#: Weights of a row that share a scale in int8 evidence (evidence.py).
+EVIDENCE_BLOCK = 64
+#: Numbers of (n, V) that the whole KL works on at once, float32 arrays of them that live then, and (n, V) arrays in the
+#: logits' dtype: student, teacher, gradient (distill.py).
+KL_CHUNK, KL_PIECES, KL_LOGITS = 2**24, 5, 3
+#: (n, V) float32 arrays alive at once in the KL of a cached teacher's top tokens, in its backward pass.
+TOP_KL_COPIES = 5
+#: Bytes of a candidate for a flip while it waits (value, place), and more while the threshold is found (selection.py).
+CANDIDATE, SELECTION = 12, 42
+#: A threshold takes so many sums over ranks of so many counts of 4 bytes a layer (selection.py).
+HISTOGRAMS, COUNTS = 4, 256
+#: Of a cached teacher: tokens kept at each position, bytes of a log-probability, of the rest's (target_cache.py).
+CACHE_TOP, CACHE_VALUE_BYTES, CACHE_REST_BYTES = 64, 2, 2
+#: Logits that a teacher makes at once while its targets are written (jobs/stages/teacher.py), windows of a file, and
+#: float32 arrays of these logits alive while the likeliest tokens are found.
+TARGET_LOGITS, TARGET_WINDOWS, TARGET_COPIES = 2**24, 64, 3
+#: Vocabularies up to this many tokens have ids of 2 bytes, others of 4.
+SHORT_IDS = 65_536
+#: Elements of ZeRO's buckets (engine.py): allocated whole on a GPU, touched as needed on a CPU.
+ZERO_BUCKET = 2**25
+#: ZeRO-3, DeepSpeed's defaults: elements gathered at once ahead of use, elements whole at any time, and the size up to
+#: which a parameter is whole on every rank all the time.
+PREFETCH, LIVE, PERSISTENT = 50_000_000, 1_000_000_000, 100_000
+#: Complete training checkpoints on disk, and the one that is being written (training_state.py).
+CHECKPOINTS = 3
+
+
+def groups_of(layer: Linear, group_size: int) -> int:
+    """Scales of a row: I/group_size where that is a whole number, else one (layers.py)."""
+    return layer.in_features // group_size if layer.in_features % group_size == 0 else 1
+
+
+def first_sign_bytes(layer: Linear, rows: int) -> int:
+    """Bytes of the first signs of the sampled rows among rank 0's `rows` rows of a layer."""
+    stride = max(1, layer.out_features // SAMPLED_ROWS)
+    return ceil(rows / stride) * ceil(layer.in_features / 8)
+
+
+def activation_bytes(shape: ModelShape, element: int) -> int:
+    """Bytes per token that one decoder block keeps for its backward pass.
+
+    RMSNorm keeps its input in float32 and both products in w; SiLU, its product with `up` and `down`'s input are kept;
+    attention keeps rotated queries and keys, values, its result (the output layer's input) and a float32 a head.
+    """
+    w, queries, keys = element, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    attention = w * (2 * queries + 2 * keys) + 4 * shape.heads
+    if shape.family == "llama":
+        norms = 2 * (shape.hidden * (4 + 2 * w) + 4)
+        head_norms = (queries + keys) * (4 + w) + 4 * (shape.heads + shape.kv_heads) if shape.qk_norm else 0
+        return norms + head_norms + attention + 4 * w * shape.ffn
+    norms = 2 * (2 * w * shape.hidden + 8)
+    return norms + attention + w * shape.ffn * (5 if shape.family == "gpt2" else 1)
+
+
+def final_norm_bytes(shape: ModelShape, element: int) -> int:
+    """Bytes per token that the last norm and the head keep."""
+    return shape.hidden * (4 + 2 * element) + 4 if shape.family == "llama" else 2 * element * shape.hidden + 8
+
+
+def cached_token_bytes(vocabulary: int) -> int:
+    """Bytes on disk for one position of a cached teacher: ids and log-probabilities of the top, and the rest's."""
+    return CACHE_TOP * ((2 if vocabulary <= SHORT_IDS else 4) + CACHE_VALUE_BYTES) + CACHE_REST_BYTES
