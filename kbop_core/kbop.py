@@ -74,7 +74,7 @@ POWER = 0.75
 #: κ: what a flip leaves of its evidence, mirrored to the side of the old sign, 0 … 1 (docs/quality.md).
 MIRROR = 0.8
 #: Bytes of bits that are gathered at a time, about.
-BITS_AT_ONCE = 2**26
+BITS_AT_ONCE = 2**24
 #: What the names of KBOP's tensors in a checkpoint begin with.
 STATE_PREFIXES = ("bits.", "evidence.", "row.", "column.", "first_signs.")
 #: Once Π β is below this, the stored evidence is multiplied by it: a power of two, so nothing is rounded.
