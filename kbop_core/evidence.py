@@ -21,8 +21,8 @@ from torch import Tensor
 EvidenceKind = Literal["bfloat16", "int8"]
 #: Weights of a row that share a block scale in int8.
 BLOCK = 64
-#: Weights whose int8 evidence is decoded at a time while a gradient is added: 4 MiB in float32.
-AT_ONCE = 2**20
+#: Weights whose int8 evidence is decoded at a time while a gradient is added: 64 MiB in float32.
+AT_ONCE = 2**24
 #: Block scales up to this count as 0: the inverse of a smaller one is no float32.
 LEAST_SCALE = 2.0**-126
 

@@ -224,9 +224,11 @@ class KBOP:
             self.unit = self.unit / LEAST_UNIT if lasting else 1.0
 
     def _receive(self, shard: _Shard, grad_OI: Tensor) -> None:
-        """Gradient sink of one layer: start its reduce-scatter, fold an earlier one that has had time to arrive."""
+        """Gradient sink of one layer: fold an earlier one that has had time to arrive, then start this one's way."""
+        while self._pending and len(self._pending) >= self.in_flight:
+            self._fold(*self._pending.popleft())
         self._pending.append((shard, self.gang.reduce_scatter_rows(grad_OI)))
-        if len(self._pending) > self.in_flight or self.gang.size == 1:
+        if self.in_flight == 0 or self.gang.size == 1:
             self._fold(*self._pending.popleft())
 
     def _fold(self, shard: _Shard, arrive: Callable[[], Tensor]) -> None:
