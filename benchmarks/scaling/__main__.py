@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from kbop_core.evidence import EvidenceKind
 from kbop_core.layers import BinaryLinear
 
 COMMAND = "make bench-scaling"
-DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling.md"
+DOCUMENT, README = (Path(__file__).parents[2] / name for name in ("docs/scaling.md", "README.md"))
 #: Evidence, number of ranks and shape whose state, traffic and peak are counted.
 STATES: tuple[tuple[EvidenceKind, int, str], ...] = (
     ("bfloat16", 1, "13 M"),
@@ -211,6 +211,17 @@ def main() -> None:
     full = [columns | one for one in rows]
     publish("scaling", COMMAND, full, claims)
     fill(DOCUMENT, {"claims": markdown([asdict(c) for c in claims]), "rows": markdown(full)}, COMMAND)
+    fill(README, {"scaling": markdown(list(beside_the_peer(rows)))}, COMMAND)
+
+
+def beside_the_peer(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Held, sent and taken by KBOP and by latent weights, for the numbers of ranks that both ran on."""
+    columns = {"state": "state, bytes a weight and rank", "wire": "given to collectives, bytes a weight", "step_s": "s"}
+    for ranks in (2, 4):
+        for name in ("KBOP", "latent, ZeRO 2"):
+            ours = [r for r in rows if r["ranks"] == ranks and r["method"] in (name, f"{name}, 13 M")]
+            found = {column: next((r[column] for r in ours if r[column] != ""), None) for column in columns}
+            yield {"ranks": ranks, "method": name} | {words: found[column] for column, words in columns.items()}
 
 
 if __name__ == "__main__":
