@@ -362,3 +362,14 @@ def test_a_model_whose_blocks_stay_on_disk_gives_the_same_checkpoint(server, tin
     assert whole.keys() == lazy.keys() and all(torch.equal(whole[name], lazy[name]) for name in whole)
     assert reports[0]["perplexity"] == reports[1]["perplexity"]
     assert "teacher" in reports[0]["samples"][0] and "teacher" not in reports[1]["samples"][0]
+
+
+def test_ranks_that_divide_the_teacher_and_the_parameters_between_them_finish_a_job(server, tiny):
+    """What the largest models need together; after training the later stages load the teacher again."""
+    saving = {"teacher": "sharded", "zero_stage": 3, "activation_checkpointing": True}
+    job_id = server.submit(tiny.spec(init="random", method={"tokens": 4 * 8 * 64}, resources=saving))
+    server.succeeded(job_id)
+    report = server.report(job_id)
+    assert_finite(report)
+    assert (report["attempts"], report["training"]["steps"]) == (1, 4)
+    assert all(row["kbop"] != row["init"] for row in report["perplexity"])
