@@ -117,6 +117,7 @@ def test_numbers_that_the_core_fixes_are_the_cores() -> None:
     assert (sizes.COUNTS, sizes.CACHE_TOP) == (selection.BASE, target_cache.TOP)
     assert sizes.CHECKPOINTS == training_state.KEEP + 1
     assert (sizes.TARGET_LOGITS, sizes.TARGET_WINDOWS) == (stages_teacher.BATCH_LOGITS, target_cache.PART)
+    assert sizes.TARGET_COPIES == stages_teacher.LOGITS_ARRAYS
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
