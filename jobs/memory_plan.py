@@ -5,7 +5,7 @@ Refuses to measure, and to know devices, time or money (plan.py); imports no tor
 A rank's memory is what lives all the time (bits, evidence, moments, full-precision parameters with their optimizer,
 teacher) plus what lives in one moment of a step. The moments are walked in order and the largest sum is the peak:
 
-    build → (division or targets of the teacher) → forward → teacher → loss → backward → flips → optimizer
+    (division or targets of the teacher) → build → forward → teacher → loss → backward → flips → optimizer
 
 Every formula counts tensors of the code it names. n = micro_batch · context, w = bytes of an element (4 on CPUs, 2 on
 GPUs, bfloat16), N ranks, O·I weights in a layer, D hidden, F MLP, V vocabulary, P full-precision parameters:
@@ -18,9 +18,9 @@ GPUs, bfloat16), N ranks, O·I weights in a layer, D hidden, F MLP, V vocabulary
 | parameters | w P; ZeRO-3: w P/N, small ones whole, and what is gathered | engine.py |
 | optimizer | AdamW 8 P, master copy 4 P; ZeRO ≥ 1: both /N | DeepSpeed |
 | activations | see `activation_bytes`; with checkpointing w n D a block, and one block | recompute.py |
-| loss | KL_LOGITS · w n V and KL_PIECES · 4 of at most KL_CHUNK numbers | distill.py |
-| gradients in flight | sent and received copies of two layers, 2 bytes each; the sum of one's own rows | shard.py |
-| flips | 12 bytes a candidate, and 42 more of all at once; or one layer's scores; or all bits twice | kbop.py |
+| loss | KL_LOGITS · w n V and KL_PIECES · 4 of at most KL_CHUNK numbers; of a cached teacher TOP_KL_… | distill.py |
+| gradients in flight | one layer's, sent and received, 2 bytes each; or received, and one's own rows' sum | shard.py |
+| flips | projections of all columns; or 8 bytes a candidate, and one layer's scores or a handful's digits | kbop.py |
 
 tests/unit/jobs/test_memory_plan.py compares them with live tensors, `make bench-plan` with processes.
 """
@@ -29,13 +29,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from math import ceil
 
 from jobs.model_shape import Linear
 from jobs.rank_state import RankState
 from jobs.tensor_sizes import (
+    BITS_AT_ONCE,
+    CACHE_TOP,
     CANDIDATE,
+    EVIDENCE_AT_ONCE,
     EVIDENCE_BLOCK,
+    HANDFUL,
     IN_FLIGHT,
     KL_CHUNK,
     KL_LOGITS,
@@ -43,14 +48,21 @@ from jobs.tensor_sizes import (
     LIVE,
     PREFETCH,
     SELECTION,
+    TARGET_BYTES,
     TARGET_COPIES,
     TARGET_LOGITS,
     TARGET_WINDOWS,
-    TOP_KL_COPIES,
+    TOP_KL_LOGITS,
+    TOP_KL_PIECES,
     WIRE,
     ZERO_BUCKET,
     activation_bytes,
+    cached_token_bytes,
+    choosing_bytes,
+    columns_bytes,
     final_norm_bytes,
+    gathered_pieces,
+    largest_handful,
 )
 
 
@@ -84,6 +96,7 @@ class MemoryPlan(RankState):
             "activations": self._kept_activations,
             "gradients": self._gradients_between,
             "parameters": self.parameters + self._gathered,
+            "in_flight": self._waiting,
         }
         dense = ceil(self.request.element * self.largest.weights + self.largest.weights / 2)
         return (
@@ -111,35 +124,46 @@ class MemoryPlan(RankState):
 
     @cached_property
     def making(self) -> tuple[Phase, ...]:
-        """The moments in which the student is made and then the teacher, whose embedding and head are whole then.
+        """The moments in which the teacher is made ready and then the student, binary but for its last block.
 
-        When the student's last block is read or converted, all before is binary; the same of a teacher that is divided.
+        The targets of a cached teacher are counted with its blocks on disk: a job reads it whole only where that fits.
         """
         w, request = self.request.element, self.request
-        whole = self.teacher if request.teacher == "resident" else w * self.outside
-        student = {"student": w * (self.real - self.scales) + 4 * self.scales + self.bits}
+        outside = w * self.outside
+        pages = outside if request.device == "cpu" else 0
         copies = (8 if w < 4 else 4) * self.largest.weights
-        read = max(self.block + max(self._file_pages, copies), w * self.outside if request.device == "cpu" else 0)
-        built = Phase("build", student | {"teacher": whole, "block": read})
+        parts = {
+            "student": w * (self.real - self.scales) + 4 * self.scales + self.bits,
+            "teacher": self.teacher,
+            "block": max(self.block + max(self._file_pages, copies), pages),
+        }
+        build = Phase("build", parts)
         if request.teacher == "cached":
-            return built, Phase("targets", student | {"teacher": whole, "teacher_run": self._targets})
+            return self._targets(outside, max(self.block + self._file_pages, pages)), build
         if request.teacher == "sharded":
             divided = self.teacher - self.block // request.ranks
-            shared = {"teacher": whole + divided, "block": self.block + self._file_pages}
-            return built, Phase("division", student | shared)
-        return (built,)
+            last = max(divided + self.block + self._file_pages, pages)
+            return Phase("division", {"teacher": outside, "block": last}), build
+        return (build,)
 
     @property
-    def _targets(self) -> int:
-        """What a teacher needs while its targets are written: inside a block, or to find the likeliest tokens.
+    def targets_from_memory(self) -> Phase:
+        """How the targets of a cached teacher are written where it fits whole, beside its embedding and head."""
+        return self._targets(self.request.element * (self.outside + self.shape.parameters), 0)
 
-        The log-probabilities of the batch before are still there when it runs again.
+    def _targets(self, teacher: int, block: int) -> Phase:
+        """A teacher while its targets are written: inside a block, or where the likeliest tokens are found.
+
+        Args:
+            teacher: bytes of it that stay.
+            block: bytes of its blocks that come and go.
         """
         context, vocabulary = self.request.context, self.shape.vocabulary
         tokens = context * min(TARGET_WINDOWS, max(1, TARGET_LOGITS // (vocabulary * context)))
-        inside = self._inside_block(tokens) + self.block + self._file_pages
-        logits = 4 * tokens * vocabulary
-        return max(inside + logits, TARGET_COPIES * logits)
+        likeliest = tokens * (TARGET_COPIES * 4 * vocabulary + TARGET_BYTES * min(CACHE_TOP, vocabulary))
+        on_host = TARGET_WINDOWS * context * cached_token_bytes(vocabulary) if self.request.device == "cpu" else 0
+        run = max(block + self._inside_block(tokens), likeliest) + on_host
+        return Phase("targets", {"teacher": teacher, "teacher_run": run})
 
     def _inside_block(self, tokens: int) -> int:
         """What a block of the teacher makes of so many tokens: its input, residual and norm, and the MLP's products."""
@@ -218,11 +242,13 @@ class MemoryPlan(RankState):
 
     @property
     def _loss(self) -> int:
+        logits, vocabulary = self.request.element * self._vocabulary_rows, self.shape.vocabulary
+        piece = min(self._vocabulary_rows, max(1, KL_CHUNK // vocabulary) * vocabulary)
         if self.request.teacher == "cached":
-            own = self.request.element if self.request.element < 4 else 0
-            return (4 * TOP_KL_COPIES + own) * self._vocabulary_rows
-        piece = min(self._vocabulary_rows, max(1, KL_CHUNK // self.shape.vocabulary) * self.shape.vocabulary)
-        return KL_LOGITS * self.request.element * self._vocabulary_rows + KL_PIECES * 4 * piece
+            targets = TARGET_BYTES * min(CACHE_TOP, vocabulary) * self.request.micro_tokens
+            before = self.request.element < 4 and piece < self._vocabulary_rows  # there while the next is converted
+            return TOP_KL_LOGITS * logits + (TOP_KL_PIECES + before) * 4 * piece + targets
+        return KL_LOGITS * logits + KL_PIECES * 4 * piece
 
     @property
     def _backward(self) -> dict[str, int]:
@@ -244,33 +270,45 @@ class MemoryPlan(RankState):
         n, w, la = self.request.micro_tokens, self.request.element, self.largest
         fold = 0
         if self.request.ranks == 1:
-            fold = self._coding(la) + (4 * la.weights if w < 4 else 0)
+            fold = self._adding(la) + (4 * la.weights if w < 4 else 0)
         return w * (n * (la.out_features + la.in_features) + 3 * la.weights) + fold
 
-    def _coding(self, layer: Linear) -> int:
-        """What it takes to add a gradient to int8 evidence."""
+    def _adding(self, layer: Linear) -> int:
+        """What it takes to add a float32 gradient to a layer's evidence: int8 is decoded some rows at a time."""
+        rows, width = self.rows(layer), layer.in_features
         if self.request.evidence == "bfloat16":
-            return 0
-        own, whole_blocks = self.rows(layer) * layer.in_features, self._whole_blocks(layer)
-        return 4 * (own + whole_blocks) + (4 * whole_blocks if whole_blocks > own else 0)
+            return 4 * rows * width if self.request.device == "cpu" else 0  # a CPU converts before it adds
+        rows = min(rows, max(1, EVIDENCE_AT_ONCE // width))
+        whole_blocks = rows * self._whole_blocks(layer)
+        return 4 * (rows * width + whole_blocks) + (4 * whole_blocks if whole_blocks > rows * width else 0)
 
     def _whole_blocks(self, layer: Linear) -> int:
-        """Weights owned of a layer with columns added so that blocks of int8 evidence are full."""
-        return self.rows(layer) * ceil(layer.in_features / EVIDENCE_BLOCK) * EVIDENCE_BLOCK
+        """Columns of a layer, with more added so that blocks of int8 evidence are full."""
+        return ceil(layer.in_features / EVIDENCE_BLOCK) * EVIDENCE_BLOCK
 
     @property
     def _in_flight(self) -> int:
-        """Gradients sent and received while a layer's leave and those of the layer before arrive and are summed."""
+        """One layer's gradient, sent and received; or the one before it, received and summed, while this one is there.
+
+        Each leaves once the one before has been added to its evidence.
+        """
         n = self.request.ranks
         if n == 1:
             return 0
         layers = sorted(self.binary, key=self._padded, reverse=True)[: IN_FLIGHT + 1]
-        sizes, arriving = [self._padded(la) for la in layers], layers[-1]
-        before = self._padded(arriving) if len(layers) > IN_FLIGHT else 0
-        summed = 4 * before // n + self._coding(arriving)
-        as_float32 = 4 * before if self.request.device == "cpu" else 0  # PyTorch's sum on CPUs copies first
-        under_way = 2 * WIRE * sum(sizes)
-        return max(under_way, under_way - WIRE * before + max(summed, 4 * before // n + as_float32))
+        under_way = 2 * WIRE * self._padded(layers[0])
+        if len(layers) <= IN_FLIGHT:
+            return under_way
+        before = layers[-1]
+        own = self._padded(before) // n
+        summing = 4 * own if self.request.device == "cpu" else 0
+        return max(under_way, WIRE * self._padded(before) + 4 * own + max(summing, self._adding(before)))
+
+    @property
+    def _waiting(self) -> int:
+        """The first layer's gradient, the last to leave, which waits for the next micro-step's backward pass."""
+        several = self.request.ranks > 1 and self.request.micro_steps > 1
+        return 2 * WIRE * self._padded(self.binary[0]) if several else 0
 
     def _padded(self, layer: Linear) -> int:
         """Weights of a layer with rows added so that every rank owns as many."""
@@ -278,21 +316,37 @@ class MemoryPlan(RankState):
 
     @property
     def candidates(self) -> int:
-        """Scores a rank keeps at the peak rate: of each layer one more than its flips on all ranks."""
-        return sum(int(self.request.flip_rate * la.weights) + 1 for la in self.binary)
+        """Scores a rank keeps at the peak rate."""
+        return sum(self._candidates(la) for la in self.binary)
+
+    def _candidates(self, layer: Linear) -> int:
+        """Of one layer: one more than its flips on all ranks."""
+        return int(self.request.flip_rate * layer.weights) + 1
 
     @property
     def _flips(self) -> int:
-        """Candidates, and one layer's signs, evidence and scores; or the search for thresholds; or the bits of all."""
-        own = self.rows(self.largest) * self.largest.in_features
-        spread = self._whole_blocks(self.largest) if self.request.evidence == "int8" else 0
-        scores = 8 * own + 4 * spread
-        return CANDIDATE * self.candidates + max(scores, SELECTION * self.candidates, self._bits_of_all)
+        """Columns' moments; then candidates with one layer's scores, a handful's digits, or the bits being gathered."""
+        request = self.request
+        moments = columns_bytes(sum(la.in_features for la in self.binary), request.ranks, request.device)
+        scores = max(self._scoring(la) for la in self.binary)
+        digits = SELECTION * largest_handful([self._candidates(la) for la in self.binary], HANDFUL)
+        return max(moments, CANDIDATE * self.candidates + max(scores, digits, self._gathered_bits))
+
+    def _scoring(self, layer: Linear) -> int:
+        """One layer's signs and evidence in float32, which become its scores; then its candidates are found."""
+        own = self.rows(layer) * layer.in_features
+        spread = self.rows(layer) * self._whole_blocks(layer) if self.request.evidence == "int8" else 0
+        return max(8 * own + 4 * spread, 4 * own + choosing_bytes(own, self._candidates(layer)))
 
     @property
-    def _bits_of_all(self) -> int:
-        """Bits while they are gathered: the own ones padded, those of all ranks as they come, and put together."""
-        return 2 * self.bits + ceil(self.bits / self.request.ranks) if self.request.ranks > 1 else 0
+    def _gathered_bits(self) -> int:
+        """Bits of some layers: the own ones padded, those of all ranks, and put together; and of the layers before."""
+        n = self.request.ranks
+        if n == 1:
+            return 0
+        sizes = [la.out_features * ceil(la.in_features / 8) for la in self.binary]
+        pieces = gathered_pieces(sizes, BITS_AT_ONCE)
+        return max(before + 2 * piece + ceil(piece / n) for before, piece in pairwise([0, *pieces]))
 
     @property
     def _update(self) -> int:

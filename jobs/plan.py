@@ -135,7 +135,8 @@ class Plan:
     def traffic(self) -> dict[str, int]:
         """Bytes a rank sends in one step, by collective (ring algorithms: a reduce-scatter sends (N−1)/N of its input).
 
-        Gradients of signs go to their owners in `WIRE` bytes each, an all-to-all once per micro-step.
+        Gradients of signs go to their owners in `WIRE` bytes each, an all-to-all once per micro-step; projections of
+        columns likewise, once a step, and their squares come back.
         """
         n, memory, request = self.request.ranks, self.memory, self.request
         if n == 1:
@@ -149,7 +150,7 @@ class Plan:
         found = {
             "sign gradients": WIRE * padded * part * micro,
             "bits": memory.bits * part,
-            "moments": 2 * part * 4 * PROBES * sum(la.in_features for la in memory.binary),
+            "moments": part * (WIRE * PROBES + 4) * sum(la.in_features for la in memory.binary),
             "thresholds": 2 * part * 4 * HISTOGRAMS * COUNTS * len(memory.binary),
             "real gradients": full,
             "real parameters": gathers * w * real * part,

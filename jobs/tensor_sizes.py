@@ -6,6 +6,7 @@ tests/unit/jobs/test_memory_plan.py compares them with living tensors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil
 
 from jobs.model_shape import Linear, ModelShape
@@ -14,15 +15,21 @@ from jobs.model_shape import Linear, ModelShape
 PROBES, SAMPLED_ROWS = 16, 16
 #: Reduce-scatters that overlap with backward (kbop.py), and bytes of a gradient on its way (shard.py, `Gang.wire`).
 IN_FLIGHT, WIRE = 1, 2
-#: Weights of a row that share a scale in int8 evidence (evidence.py).
-EVIDENCE_BLOCK = 64
+#: Weights of a row that share a scale in int8 evidence, and weights that are decoded at a time (evidence.py).
+EVIDENCE_BLOCK, EVIDENCE_AT_ONCE = 64, 2**24
 #: Numbers of (n, V) that the whole KL works on at once, float32 arrays of them that live then, and (n, V) arrays in the
 #: logits' dtype: student, teacher, gradient (distill.py).
 KL_CHUNK, KL_PIECES, KL_LOGITS = 2**24, 5, 3
-#: (n, V) float32 arrays alive at once in the KL of a cached teacher's top tokens, in its backward pass.
-TOP_KL_COPIES = 5
-#: Bytes of a candidate for a flip while it waits (value, place), and more while the threshold is found (selection.py).
-CANDIDATE, SELECTION = 12, 42
+#: The same of the KL to a cached teacher's top tokens; its (n, V) arrays are student and gradient.
+TOP_KL_PIECES, TOP_KL_LOGITS = 2, 2
+#: Bytes of a candidate for a flip while it waits: value, place (selection.py).
+CANDIDATE = 8
+#: Bytes more of each candidate that is looked at while thresholds are found, and how many are together (selection.py).
+SELECTION, HANDFUL = 25, 2**22
+#: Layers up to so many scores, or with a candidate in so few of them, are sorted whole (selection.py).
+SORTED_WHOLE, SORTED_SHARE = 65_536, 16
+#: Bytes of bits that are gathered at a time, about (kbop.py).
+BITS_AT_ONCE = 2**24
 #: A threshold takes so many sums over ranks of so many counts of 4 bytes a layer (selection.py).
 HISTOGRAMS, COUNTS = 4, 256
 #: Of a cached teacher: tokens kept at each position, bytes of a log-probability, of the rest's (target_cache.py).
@@ -30,6 +37,8 @@ CACHE_TOP, CACHE_VALUE_BYTES, CACHE_REST_BYTES = 64, 2, 2
 #: Logits that a teacher makes at once while its targets are written (jobs/stages/teacher.py), windows of a file, and
 #: float32 arrays of these logits alive while the likeliest tokens are found.
 TARGET_LOGITS, TARGET_WINDOWS, TARGET_COPIES = 2**24, 64, 3
+#: Bytes of a kept token at each position: its id as int64, the teacher's log-probability, the student's (distill.py).
+TARGET_BYTES = 16
 #: Vocabularies up to this many tokens have ids of 2 bytes, others of 4.
 SHORT_IDS = 65_536
 #: Elements of ZeRO's buckets (engine.py): allocated whole on a GPU, touched as needed on a CPU.
@@ -71,6 +80,48 @@ def activation_bytes(shape: ModelShape, element: int) -> int:
 def final_norm_bytes(shape: ModelShape, element: int) -> int:
     """Bytes per token that the last norm and the head keep."""
     return shape.hidden * (4 + 2 * element) + 4 if shape.family == "llama" else 2 * element * shape.hidden + 8
+
+
+def choosing_bytes(scores: int, wanted: int) -> int:
+    """Bytes that the `wanted` largest of so many float32 scores take while they are found, beside the scores."""
+    found = min(wanted, scores)
+    if scores > SORTED_WHOLE and wanted * SORTED_SHARE < scores:  # a bound leaves about twice as many: a mask, places
+        return 16 * found + max(scores, 28 * found)
+    return 8 * scores + max(4 * scores + 12 * found, 20 * found + 8 * wanted)
+
+
+def columns_bytes(columns: int, ranks: int, device: str) -> int:
+    """Bytes that the second moments of so many columns take when a step's projections are summed over ranks (kbop.py).
+
+    The projections of all layers side by side, their squares in float64 of the own part, and heights.
+    """
+    held, own = columns * (4 * PROBES + 4) + 8 * ceil(columns / ranks), ceil(columns / ranks)
+    squares = own * (8 * PROBES + 8)
+    if ranks == 1:
+        return held + squares
+    arrived = WIRE * PROBES * columns + 4 * PROBES * own * (
+        2 if device == "cpu" else 1
+    )  # a CPU converts before it adds
+    return held + max(2 * WIRE * PROBES * columns, arrived, 4 * PROBES * own + squares)
+
+
+def largest_handful(sizes: Sequence[int], most: int) -> int:
+    """Of consecutive sizes put together while they are at most `most`, or one larger, the largest sum."""
+    largest = held = 0
+    for size in sizes:
+        held = size if held + size > most else held + size
+        largest = max(largest, held)
+    return largest
+
+
+def gathered_pieces(sizes: Sequence[int], enough: int) -> list[int]:
+    """Sums of consecutive sizes, each closed by the one that reaches `enough`."""
+    pieces = [0]
+    for size in sizes:
+        if pieces[-1] >= enough:
+            pieces.append(0)
+        pieces[-1] += size
+    return pieces
 
 
 def cached_token_bytes(vocabulary: int) -> int:

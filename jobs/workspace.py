@@ -92,6 +92,7 @@ class Workspace:
 
     def forget_teacher(self) -> None:
         """Let go of the teacher; the next stage that asks for it loads it again."""
+        _ = self.plan  # later, in an attempt that goes on, it would load the teacher once more, and keep it
         self.__dict__.pop("teacher", None)
 
     def fresh_model(self) -> Model:

@@ -16,6 +16,8 @@ from kbop_core.teacher import CachedTeacher, LiveTeacher, Teacher
 
 #: Logits that a teacher makes at once when its targets are stored: 2^24 float32 are 64 MiB.
 BATCH_LOGITS = 2**24
+#: float32 arrays of these logits that live at once while the likeliest tokens are found (distill.top_targets).
+LOGITS_ARRAYS = 3
 
 
 def training_teacher(space: Workspace) -> Teacher:
@@ -33,9 +35,9 @@ def _stored_targets(space: Workspace) -> TargetCache:
     """The teacher's targets at every window that training will see, written by the ranks together if not there yet."""
     windows = space.windows
     cache = TargetCache(space.folder("train/targets"), windows.numbers(range(space.steps * space.layout.windows)))
-    batch = max(1, BATCH_LOGITS // (vocabulary_size(space.teacher) * space.layout.context))
-    copies = 1 if space.device.type == "cuda" else space.gang.size
-    fits = copies * model_bytes(space.teacher) < free_bytes(space.device)
+    window = vocabulary_size(space.teacher) * space.layout.context
+    batch = max(1, BATCH_LOGITS // window)
+    fits = fits_whole(space, batch * window)
     teacher = LiveTeacher(space.whole_model() if fits else space.teacher)
     way = "from memory" if fits else "with its blocks read from disk for every batch: it does not fit into memory"
     space.journal.note(f"the teacher's likeliest tokens are written to {cache.parts} files, {way}")
@@ -55,6 +57,12 @@ def _stored_targets(space: Workspace) -> TargetCache:
 def remove_stored_targets(space: Workspace) -> None:
     """Free the disk of targets that nobody will read again."""
     shutil.rmtree(space.work / "train" / "targets", ignore_errors=True)
+
+
+def fits_whole(space: Workspace, logits: int) -> bool:
+    """Whether there is room for the whole teacher and for so many of its logits, on a host for those of all ranks."""
+    ranks = 1 if space.device.type == "cuda" else space.gang.size
+    return ranks * (model_bytes(space.teacher) + LOGITS_ARRAYS * 4 * logits) < free_bytes(space.device)
 
 
 def model_bytes(model: nn.Module) -> int:

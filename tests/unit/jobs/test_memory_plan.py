@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from jobs import tensor_sizes
@@ -20,14 +18,16 @@ from jobs.memory_plan import MemoryPlan
 from jobs.model_shape import shape_of_config
 from jobs.plan_request import PlanRequest, deal_windows
 from jobs.stages import teacher as stages_teacher
-from jobs.tensor_sizes import CANDIDATE, SELECTION, activation_bytes, cached_token_bytes, final_norm_bytes
-from kbop_core import distill, engine, kbop, moments, reversals, selection, target_cache, training_state
+from jobs.tensor_sizes import activation_bytes, cached_token_bytes, final_norm_bytes
+from kbop_core import distill, engine, moments, reversals, selection, target_cache, training_state
 from kbop_core.convert import binary_layers, convert_plain, plan_conversion
 from kbop_core.distill import distillation_loss, top_k_loss, top_targets
 from kbop_core.kbop import KBOP
 from kbop_core.loop import layout_steps
 from kbop_core.schedules import FlipSchedule
 from kbop_core.shard import Gang
+from kbop_core.teacher import LiveTeacher
+from tests.unit.jobs.live_bytes import allocated_by, made_by
 
 LLAMA = {
     "hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100,
@@ -117,8 +117,7 @@ def test_numbers_that_the_core_fixes_are_the_cores() -> None:
     assert (sizes.COUNTS, sizes.CACHE_TOP) == (selection.BASE, target_cache.TOP)
     assert sizes.CHECKPOINTS == training_state.KEEP + 1
     assert (sizes.TARGET_LOGITS, sizes.TARGET_WINDOWS) == (stages_teacher.BATCH_LOGITS, target_cache.PART)
-    assert torch.zeros(1, dtype=Gang().wire).nbytes == sizes.WIRE
-    assert KBOP(binary_layers(student("llama", 1)), FlipSchedule(0.01, 9, 1)).in_flight == sizes.IN_FLIGHT
+    assert sizes.TARGET_COPIES == stages_teacher.LOGITS_ARRAYS
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -132,7 +131,7 @@ def test_the_copy_of_a_checkpoint_is_a_ranks_state_without_its_sketches(ranks: i
 
 @pytest.mark.parametrize("teacher", ["resident", "offloaded", "sharded", "cached"])
 def test_the_student_is_made_one_block_at_a_time(teacher: Any) -> None:
-    made = plan(teacher=teacher, ranks=2, device="cuda").making[0].parts
+    made = plan(teacher=teacher, ranks=2, device="cuda").making[-1].parts
     dense = 2 * plan().binary_weights
     assert made["block"] - 8 * plan().largest.weights == dense / 2 and made["student"] < dense
 
@@ -156,42 +155,11 @@ def test_zero_stages_shard_the_optimizer_then_the_gradients(
     assert flips.parts["gradients"] == pytest.approx(at_step * planned.real, rel=0.001)
 
 
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors made under it: those alive now, and the most that were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {a.untyped_storage()._cdata for a in tree_iter((args, kwargs)) if isinstance(a, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(out):
-            if isinstance(tensor, Tensor) and (key := tensor.untyped_storage()._cdata) not in self.known | given:
-                size = tensor.untyped_storage().nbytes()
-                self.known.add(key)
-                self.now += size
-                weakref.finalize(tensor.untyped_storage(), self._gone, key, size)
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _gone(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
-
-
-def peak_of(work: Callable[[], object]) -> int:
-    with LiveBytes() as live:
-        work()
-    return live.peak
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_loss_holds_as_many_copies_of_the_logits_as_planned(dtype: torch.dtype) -> None:
     student_BTV, teacher_BTV = (torch.randn(2, 8, 500).to(dtype) for _ in range(2))
     logits = student_BTV.requires_grad_()
-    made = peak_of(lambda: distillation_loss(logits, teacher_BTV).backward())
+    made = made_by(lambda: distillation_loss(logits, teacher_BTV).backward())
     planned = loss_plan("resident", dtype)
     assert made + student_BTV.nbytes + teacher_BTV.nbytes == pytest.approx(planned, rel=0.01)
 
@@ -201,46 +169,55 @@ def test_the_loss_works_on_pieces_as_large_as_planned(chunk: int, monkeypatch: p
     monkeypatch.setattr(distill, "CHUNK", chunk)
     monkeypatch.setattr("jobs.memory_plan.KL_CHUNK", chunk)
     logits = torch.randn(16, 500, requires_grad=True)
-    made = peak_of(lambda: distillation_loss(logits, torch.randn(16, 500)))
+    made = made_by(lambda: distillation_loss(logits, torch.randn(16, 500)))
     assert made + logits.nbytes == pytest.approx(loss_plan("resident", torch.float32), rel=0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_the_loss_of_a_cached_teacher_holds_as_many_copies_as_planned(dtype: torch.dtype) -> None:
-    targets = top_targets(torch.randn(2, 8, 500).log_softmax(-1), 4)
-    logits = torch.randn(2, 8, 500).to(dtype).requires_grad_()
-    made = peak_of(lambda: top_k_loss(logits, targets).backward())
-    assert made + logits.nbytes == pytest.approx(loss_plan("cached", dtype), rel=0.05)
+@pytest.mark.parametrize("chunk", [2000, 6000, 2**24])
+def test_the_loss_of_a_cached_teacher_works_on_pieces_as_large_as_planned(
+    chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill, "CHUNK", chunk)
+    monkeypatch.setattr("jobs.memory_plan.KL_CHUNK", chunk)
+    logits = torch.randn(1, 16, 2000).to(dtype).requires_grad_()
+    targets = top_targets(torch.randn(1, 16, 2000).log_softmax(-1), 64)
+    made = allocated_by(lambda: top_k_loss(logits, targets))
+    held = logits.nbytes + targets.ids_BTK.nbytes + targets.log_p_BTK.nbytes
+    assert made + held == pytest.approx(loss_plan("cached", dtype, 2000), rel=0.05)
 
 
-def loss_plan(teacher: Any, dtype: torch.dtype) -> int:
-    """Bytes planned for the loss of 16 tokens and 500 words."""
+@pytest.mark.parametrize("windows", [1, 3])
+def test_a_cached_teachers_targets_are_written_with_the_bytes_planned(
+    windows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.memory_plan.TARGET_LOGITS", windows * 64 * 2000)
+    shape = shape_of_config(config_of("llama", 1) | {"vocab_size": 2000}, "x")
+    planned = MemoryPlan(shape, PlanRequest(device="cpu", context=64, group_size=16, teacher="cached"))
+    cache = target_cache.TargetCache(tmp_path, range(64))
+
+    def write() -> None:
+        rows, teacher = (lambda numbers: torch.zeros(len(numbers), 64)), LiveTeacher(RandomLogits(2000))
+        cache.write(Gang(), rows, teacher.log_probs, windows)
+
+    assert allocated_by(write) == pytest.approx(planned.targets_from_memory.parts["teacher_run"], rel=0.1)
+
+
+class RandomLogits:
+    """A model that needs nothing but its logits."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+
+    def __call__(self, input_ids: Tensor, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=torch.randn(*input_ids.shape, self.vocabulary))
+
+
+def loss_plan(teacher: Any, dtype: torch.dtype, words: int = 500) -> int:
+    """Bytes planned for the loss of 16 tokens."""
     device: Any = "cpu" if dtype == torch.float32 else "cuda"
-    shape = shape_of_config(config_of("llama", 1) | {"vocab_size": 500}, "x")
+    shape = shape_of_config(config_of("llama", 1) | {"vocab_size": words}, "x")
     return MemoryPlan(shape, PlanRequest(device=device, context=16, group_size=16, teacher=teacher))._loss
-
-
-@pytest.mark.parametrize("layers", [1, 5])
-def test_finding_the_thresholds_takes_the_bytes_planned_for_each_candidate(layers: int) -> None:
-    values = [torch.rand(4000) for _ in range(layers)]
-    made = peak_of(lambda: selection.kth_largest(values, [3000] * layers, Gang()))
-    fixed = 3 * 8 * selection.BASE * layers
-    assert made - fixed == pytest.approx(SELECTION * 4000 * layers, rel=0.05)
-
-
-def test_candidates_keep_their_value_and_their_place() -> None:
-    values, places = selection.largest(torch.rand(1000), 10)
-    assert values.nbytes + places.nbytes == 10 * CANDIDATE
-
-
-@pytest.mark.parametrize("evidence", ["bfloat16", "int8"])
-def test_flips_hold_one_layers_scores_as_planned(evidence: Any) -> None:
-    layers = binary_layers(student("llama", 1))
-    planned = plan(evidence=evidence, flip_rate=0.0)
-    optimizer = KBOP(layers, FlipSchedule(0.0, 9, 1), evidence=evidence)
-    made = peak_of(lambda: kbop._scores(optimizer.shards[planned.largest.name]))
-    scores = planned._flips - CANDIDATE * planned.candidates
-    assert made == pytest.approx(scores, rel=0.1)
 
 
 @pytest.mark.parametrize(("dtype", "device"), [(torch.float32, "cpu"), (torch.bfloat16, "cuda")])
@@ -251,23 +228,9 @@ def test_backward_through_a_layer_holds_what_is_planned(evidence: Any, dtype: to
     layer = layers[planned.largest.name]
     KBOP(layers, FlipSchedule(0.01, 9, 1), evidence=evidence)
     y = layer(torch.randn(BATCH, CONTEXT, layer.in_features, dtype=dtype, requires_grad=True))
-    made = peak_of(lambda: y.backward(torch.ones_like(y)))
+    counted = allocated_by if device == "cpu" else made_by
+    made = counted(lambda: y.backward(torch.ones_like(y)))
     assert made == pytest.approx(planned._layer_backward, rel=0.02)
-
-
-class Alike(Gang):
-    """Ranks that all hold what this one holds."""
-
-    def all_gather(self, part: Tensor) -> list[Tensor]:
-        whole = torch.cat([part.reshape(-1)] * self.size)
-        return [piece.view(part.shape) for piece in whole.split(part.numel())]
-
-
-@pytest.mark.parametrize("ranks", [2, 5])
-def test_gathering_the_bits_takes_them_twice_and_the_own_part_as_planned(ranks: int) -> None:
-    layers = binary_layers(student("llama", 2))
-    optimizer = KBOP(layers, FlipSchedule(0.0, 9, 1), gang=Alike(0, ranks))
-    assert peak_of(optimizer._share_bits) == pytest.approx(plan(ranks=ranks)._bits_of_all, rel=0.1)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.004, 0.5])
