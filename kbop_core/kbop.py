@@ -313,6 +313,7 @@ class KBOP:
             whole = self.gang.gather_rows([s.bits for s in waiting], [s.layer.out_features for s in waiting])
             for one, bits in zip(waiting, whole, strict=True):
                 one.layer.weight.copy_(bits)
+            del whole, bits  # before the next ones come
             waiting, held = [], 0
 
     def _stats(self, counted: Tensor) -> FlipStats:
