@@ -220,6 +220,8 @@ class JobSpec(Strict):
             raise ValueError("resources.teacher has no effect with effort 'quick' (no training): use offload 'blocks'")
         if self.method.effort == "quick" and self.resources.activation_checkpointing:
             raise ValueError("resources.activation_checkpointing has no effect with effort 'quick' (no training)")
+        if self.method.effort == "quick" and self.resources.zero_stage != 1:
+            raise ValueError("resources.zero_stage has no effect with effort 'quick' (no training): drop it")
         if self.resources.teacher == "sharded" and self.resources.gpus == 1:
             raise ValueError(
                 "resources.teacher 'sharded' divides the teacher over ranks: use more gpus, or 'offloaded'"

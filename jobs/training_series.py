@@ -62,12 +62,16 @@ class TrainingStep(BaseModel):
     reversal_rate: Number = Field(
         default=None, description="Share of the step's flips that give back a sign of the start, 0 to 1; estimated."
     )
-    tokens_per_s: Number = Field(default=None, description="Training tokens per second, all ranks together.")
+    tokens_per_s: Number = Field(
+        default=None, description="Training tokens per second, all ranks together, in the attempt so far."
+    )
     seconds: StepSeconds | None = Field(default=None, description="Where the time of the step went.")
     peak_bytes: int | None = Field(
         default=None, description="Most memory that rank 0 has had in use, bytes: of the GPU if it has one."
     )
-    mfu: Number = Field(default=None, description="Model FLOPs utilization, 0 to 1; only on GPUs.")
+    mfu: Number = Field(
+        default=None, description="Model FLOPs utilization in the attempt so far, 0 to 1; only on GPUs."
+    )
     flips: dict[str, int] | None = Field(default=None, description="Flips by layer; with `layers=true`.")
     reversals: dict[str, int] | None = Field(default=None, description="Reversals by layer; with `layers=true`.")
 

@@ -355,7 +355,10 @@ class KBOP:
         self._pending.clear()
 
     def state_bytes(self) -> int:
-        """Bytes that live between two steps on this rank because of the binary weights: bits, evidence, moments."""
+        """What the binary weights leave on this rank from step to step, bytes: bits, evidence, moments.
+
+        Projections (moments.py) do not count: they are allocated all the time, and zero then.
+        """
         shards = self.shards.values()
         return sum(s.layer.weight.nbytes + sum(p.rows.nbytes for p in s.slices().values()) for s in shards)
 

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kbop_core.checkpoint import save_tensors
@@ -74,29 +74,38 @@ class TargetCache:
             rows: window numbers → int64 (B, T).
             log_probs: the teacher.
             batch: windows in one forward pass, ≥ 1.
-            progress: told (parts done, parts) of this rank.
+            progress: told (windows done, windows) of this rank after each forward pass: a whole part may take hours
+                with a teacher that is read from disk.
 
         Raises:
             DiskFull: no space; what is complete stays.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         mine = range(gang.rank, self.parts, gang.size)
-        for done, part in enumerate(mine, 1):
-            if not self._is_written(part):
-                self._write_part(part, rows, log_probs, batch)
-            progress(done, len(mine))
+        done, total = 0, sum(len(self._numbers_of(part)) for part in mine)
+        for part in mine:
+            written, count = self._is_written(part), len(self._numbers_of(part))
+            for windows in [count] if written else self._write_part(part, rows, log_probs, batch):
+                done += windows
+                progress(done, total)
 
     def _numbers_of(self, part: int) -> list[int]:
         return self._numbers[part * PART : (part + 1) * PART]
 
     def _is_written(self, part: int) -> bool:
-        """Whether a part is there, and of these windows: a run that goes on on other ranks may see others."""
+        """Whether a part is there, readable, and of these windows: a run that goes on on other ranks may see others."""
         if not self._path(part).is_file():
             return False
-        with safe_open(self._path(part), framework="pt") as file:
-            return (file.metadata() or {}).get("windows") == json.dumps(self._numbers_of(part))
+        try:
+            with safe_open(self._path(part), framework="pt") as file:
+                return (file.metadata() or {}).get("windows") == json.dumps(self._numbers_of(part))
+        except (OSError, SafetensorError):
+            return False
 
-    def _write_part(self, part: int, rows: Callable[[Sequence[int]], Tensor], log_probs: LogProbs, batch: int) -> None:
+    def _write_part(
+        self, part: int, rows: Callable[[Sequence[int]], Tensor], log_probs: LogProbs, batch: int
+    ) -> Iterator[int]:
+        """Yields the windows of each forward pass; when it has ended the file is there."""
         numbers = self._numbers_of(part)
         found = []
         for start in range(0, len(numbers), batch):
@@ -106,6 +115,7 @@ class TargetCache:
             ids = targets.ids_BTK.to(torch.uint16 if vocabulary <= 2**16 else torch.int32)
             found.append([t.cpu() for t in (ids, targets.log_p_BTK.half(), targets.log_rest_BT.half())])
             del log_p, targets  # before the teacher makes the next ones
+            yield len(numbers[start : start + batch])
         ids, log_p, log_rest = (torch.cat(tensors) for tensors in zip(*found, strict=True))
         tensors = {"ids": ids, "log_p": log_p, "log_rest": log_rest}
         save_tensors(tensors, self._path(part), {"windows": json.dumps(numbers)})

@@ -130,12 +130,12 @@ def _utilization(
 ) -> float | None:
     peak = peak_flops(torch.cuda.get_device_name(device))
     outside = sum(p.numel() for p in student.parameters() if p.dim() == 1) + shape.vocabulary * shape.hidden
-    size = ModelSize(plan_conversion_weights(shape) + outside, shape.layers, shape.hidden)
+    size = ModelSize(block_weights(shape) + outside, shape.layers, shape.hidden)
     needed = flops_per_token(size, case.context, live_teacher=True)
     return None if peak is None else needed * tokens_per_s / (peak * ranks)
 
 
-def plan_conversion_weights(shape: Shape) -> int:
+def block_weights(shape: Shape) -> int:
     """Weights of the blocks' linear layers."""
     kv = shape.hidden * shape.kv_heads // shape.heads
     return shape.layers * (2 * shape.hidden * (shape.hidden + kv) + 3 * shape.hidden * shape.ffn)
@@ -150,7 +150,7 @@ def _kbop(
     layout = StepLayout(case.context, case.windows, gang.size, per_rank)
     total = WARMUP + case.steps + 2
     config = TrainConfig(total, evidence=case.evidence, activation_checkpointing=case.recompute)
-    run = start_run(student, teacher, WindowsInMemory(ids, 0), config, layout, gang, Phases(time.perf_counter))
+    run = start_run(student, teacher, WindowsInMemory(ids, 0), config, layout, gang, Phases(time.perf_counter, _settle))
     flips: list[float] = []
     run.kbop.step = partial(_timed, run.kbop.step, wire, flips)  # type: ignore[method-assign]
     steps = train(run, range(total))
@@ -176,10 +176,15 @@ def _timed(step: Callable[[], Any], wire: Wire, seconds: list[float]) -> Any:
     began = time.perf_counter()
     with wire.labelled("signs"):
         result = step()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    _settle()
     seconds.append(time.perf_counter() - began)
     return result
+
+
+def _settle() -> None:
+    """Wait for the GPU: what it has been asked for before belongs to the phase before."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _kbop_state(run: Run) -> dict[str, int]:
@@ -278,8 +283,7 @@ def _steps(step: Callable[[], Any], count: int, wire: Wire) -> list[float]:
             wire.clear()
         began = time.perf_counter()
         step()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        _settle()
         seconds.append(time.perf_counter() - began)
     return seconds[WARMUP:]
 

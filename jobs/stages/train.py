@@ -87,7 +87,12 @@ def _phases(device: torch.device) -> Phases:
 
 
 def _resume(space: Workspace, run: Run, checkpoints: Path) -> int:
-    """Load the newest complete checkpoint, which rank 0 chooses for all; returns the steps done, 0 without one."""
+    """Load the newest complete checkpoint, which rank 0 chooses for all; returns the steps done, 0 without one.
+
+    Rank 0 reads every byte of it to compare the hashes, and ranks do not load equally fast: until all are ready they
+    may wait for each other longer than in a step.
+    """
+    limit_collectives(GANG_TIMEOUT_S)
     if space.leads:
         clear_unfinished(checkpoints)
     newest = newest_state(checkpoints, space.journal.note) if space.leads else None
@@ -96,6 +101,8 @@ def _resume(space: Workspace, run: Run, checkpoints: Path) -> int:
     if start:
         load_state(checkpoint_folder(checkpoints, start), run.engine, run.kbop)
         space.journal.note(f"resumed after step {start}")
+    barrier(run.gang)
+    limit_collectives(STEP_TIMEOUT_S)
     return start
 
 

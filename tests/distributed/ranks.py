@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import scenarios_gang
 import scenarios_training
 import torch
 
+from jobs.process import free_port
 from kbop_core.engine import gang_of_ranks
 
 EVERY = (
@@ -49,13 +49,6 @@ SCENARIOS = {
     1: (*EVERY, *MOST, "accumulated", "full_disk", "dropout"),
     3: EVERY,
 }
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def run_scenarios(names: Sequence[str], folder: Path) -> None:

@@ -9,7 +9,6 @@ torch and its company are imported once. Stages after `train` are left out.
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,14 +20,8 @@ from torch import Tensor
 import jobs.pipeline
 import kbop_core.engine
 from jobs import rank_main
+from jobs.process import free_port
 from kbop_core.teacher import LiveTeacher
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def make_hungry() -> None:

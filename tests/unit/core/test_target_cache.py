@@ -82,7 +82,17 @@ def test_a_run_that_goes_on_writes_only_the_parts_that_are_missing(tmp_path: Pat
     teacher.asked.clear()
     cache.write(Gang(), teacher.rows, teacher.log_probs, 3, lambda done, total: told.append((done, total)))
     assert teacher.asked == [4, 5, 6, 7]
-    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert told == [(4, 14), (7, 14), (8, 14), (12, 14), (14, 14)]  # within the part that it makes, too
+
+
+def test_a_part_that_cannot_be_read_is_written_anew(tmp_path: Path) -> None:
+    teacher, cache = Teacher(), TargetCache(tmp_path, range(14))
+    teacher.write(cache)
+    (tmp_path / "targets-00001.safetensors").write_bytes(b"half")
+    teacher.asked.clear()
+    teacher.write(cache)
+    assert teacher.asked == [4, 5, 6, 7]
+    assert log_probs_of(teacher, cache, 5)
 
 
 def test_parts_of_other_windows_are_written_anew(tmp_path: Path) -> None:

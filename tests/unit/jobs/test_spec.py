@@ -34,6 +34,7 @@ BASE: dict[str, Any] = {"model": "builtin:demo", "data": [{"source": "builtin:py
             {"method": QUICK, "resources": {"activation_checkpointing": True}},
             r"activation_checkpointing has no effect with effort 'quick' \(no training\)",
         ),
+        ({"method": QUICK, "resources": {"zero_stage": 3}}, "zero_stage has no effect"),
         ({"resources": {"teacher": "sharded"}}, r"divides the teacher over ranks: use more gpus, or 'offloaded'"),
     ],
 )
