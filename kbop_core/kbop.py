@@ -52,7 +52,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -279,12 +279,13 @@ class KBOP:
         """Fold this step's projections into r and c, exact over shards.
 
         The columns' projections are summed like a layer's gradient, each rank squares its part of the columns, and all
-        get the result: 2·PROBES + 4 bytes a column on the wire, and a mark where something was not finite.
+        get the result: 4·PROBES + 4 bytes a column on the wire, and a mark where something was not finite. Not in
+        bfloat16: then one rank, which rounds nothing, would not flip what several do.
         """
         sketches = torch.cat([s.moments.column_sketch.t() for s in self.shards.values()])
         heights = torch.cat([torch.full_like(s.moments.column, s.layer.out_features) for s in self.shards.values()])
         over = heights[self.gang.rows(len(heights))].double() * self.gang.size**2
-        squares = mean_squares(self.gang.reduce_scatter_rows(sketches)(), over)
+        squares = mean_squares(replace(self.gang, wire=torch.float32).reduce_scatter_rows(sketches)(), over)
         (whole,) = self.gang.gather_rows([squares], [len(sketches)])
         columns = whole.split([s.layer.in_features for s in self.shards.values()])
         if not bool(whole.isfinite().all()):

@@ -36,6 +36,7 @@ EVERY = (
 MOST = (
     "exact_flips",
     "exact_int8_flips",
+    "coarse_flips",
     "dyadic_engine",
     "zero_stages",
     "partitioned",

@@ -119,6 +119,14 @@ def small_layers(gang: Gang, folder: Path) -> dict[str, Any]:
     return result | {"state_bytes": kbop.state_bytes(), "held": held}
 
 
+def coarse_flips(gang: Gang, folder: Path) -> dict[str, Any]:
+    """Gradients that bfloat16 holds exactly, while sums of a column of them it does not; as production sends them."""
+    layers = make_layers()
+    kbop = KBOP(layers, FlipSchedule(0.1, STEPS, 1), momentum=0.5, gang=gang)
+    result = run_steps(kbop, layers, lambda name, step: gradient(name, step, 0, 100))
+    return result | {"columns": {name: s.moments.column for name, s in kbop.shards.items()}}
+
+
 def moved_flips(gang: Gang, folder: Path) -> dict[str, Any]:
     """The same steps, two by two ranks, two by one, the last by three: each takes up the state the others left."""
     before, steps = {2: (None, range(2)), 1: (2, range(2, 4)), 3: (1, range(4, 5))}[gang.size]
@@ -236,6 +244,7 @@ SCENARIOS = {
         exact_int8_flips,
         overlap,
         small_layers,
+        coarse_flips,
         moved_flips,
         nan_gradient,
         missing_gradient,

@@ -96,6 +96,14 @@ def test_flips_do_not_change_when_two_ranks_hand_over_to_one_and_that_to_three(o
     assert same_bits({"bits": [bits for part in moved for bits in part["bits"]]}, whole)
 
 
+def test_columns_of_large_numbers_are_measured_alike_on_one_rank_and_two(outcome: Outcome) -> None:
+    alone = outcome(1, "coarse_flips", 0)
+    for rank in ranks(2):
+        shared = outcome(2, "coarse_flips", rank)
+        assert all(torch.equal(shared["columns"][name], column) for name, column in alone["columns"].items())
+        assert same_bits(shared, alone)
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_shards_of_the_evidence_are_the_rows_of_the_whole(size: int, outcome: Outcome) -> None:
     shards = [outcome(size, "small_layers", rank)["held"] for rank in ranks(size)]
