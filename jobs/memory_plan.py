@@ -14,7 +14,7 @@ GPUs, bfloat16), N ranks, O·I weights in a layer, D hidden, F MLP, V vocabulary
 |---|---|---|
 | bits, first signs | Σ O·⌈I/8⌉, all rows on every rank; ⌈I/8⌉ of each sampled row owned | layers.py, reversals.py |
 | evidence | 2 R·I, or R·(I + 4⌈I/64⌉); R = ⌈O/N⌉ rows | evidence.py |
-| moments | 4 (R + I)(1 + PROBES) a layer, and the probes | moments.py |
+| moments | 4 (R + I)(1 + PROBES) a layer while a step is under way, and the probes | moments.py |
 | parameters | w P; ZeRO-3: w P/N, small ones whole, and what is gathered | engine.py |
 | optimizer | AdamW 8 P, master copy 4 P; ZeRO ≥ 1: both /N | DeepSpeed |
 | activations | see `activation_bytes`; with checkpointing w n D a block, and one block | recompute.py |
@@ -29,7 +29,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from math import ceil
 
 from jobs.model_shape import Linear
@@ -327,7 +326,7 @@ class MemoryPlan(RankState):
     def _flips(self) -> int:
         """Columns' moments; then candidates with one layer's scores, a handful's digits, or the bits being gathered."""
         request = self.request
-        moments = columns_bytes(sum(la.in_features for la in self.binary), request.ranks, request.device)
+        moments = columns_bytes(sum(la.in_features for la in self.binary), request.ranks)
         scores = max(self._scoring(la) for la in self.binary)
         digits = SELECTION * largest_handful([self._candidates(la) for la in self.binary], HANDFUL)
         return max(moments, CANDIDATE * self.candidates + max(scores, digits, self._gathered_bits))
@@ -340,13 +339,13 @@ class MemoryPlan(RankState):
 
     @property
     def _gathered_bits(self) -> int:
-        """Bits of some layers: the own ones padded, those of all ranks, and put together; and of the layers before."""
+        """Bits of some layers: the own ones padded, those of all ranks, and put together."""
         n = self.request.ranks
         if n == 1:
             return 0
         sizes = [la.out_features * ceil(la.in_features / 8) for la in self.binary]
-        pieces = gathered_pieces(sizes, BITS_AT_ONCE)
-        return max(before + 2 * piece + ceil(piece / n) for before, piece in pairwise([0, *pieces]))
+        largest = max(gathered_pieces(sizes, BITS_AT_ONCE))
+        return 2 * largest + ceil(largest / n)
 
     @property
     def _update(self) -> int:

@@ -150,7 +150,7 @@ class Plan:
         found = {
             "sign gradients": WIRE * padded * part * micro,
             "bits": memory.bits * part,
-            "moments": part * (WIRE * PROBES + 4) * sum(la.in_features for la in memory.binary),
+            "moments": part * (4 * PROBES + 4) * sum(la.in_features for la in memory.binary),
             "thresholds": 2 * part * 4 * HISTOGRAMS * COUNTS * len(memory.binary),
             "real gradients": full,
             "real parameters": gathers * w * real * part,

@@ -90,7 +90,7 @@ def choosing_bytes(scores: int, wanted: int) -> int:
     return 8 * scores + max(4 * scores + 12 * found, 20 * found + 8 * wanted)
 
 
-def columns_bytes(columns: int, ranks: int, device: str) -> int:
+def columns_bytes(columns: int, ranks: int) -> int:
     """Bytes that the second moments of so many columns take when a step's projections are summed over ranks (kbop.py).
 
     The projections of all layers side by side, their squares in float64 of the own part, and heights.
@@ -99,10 +99,8 @@ def columns_bytes(columns: int, ranks: int, device: str) -> int:
     squares = own * (8 * PROBES + 8)
     if ranks == 1:
         return held + squares
-    arrived = WIRE * PROBES * columns + 4 * PROBES * own * (
-        2 if device == "cpu" else 1
-    )  # a CPU converts before it adds
-    return held + max(2 * WIRE * PROBES * columns, arrived, 4 * PROBES * own + squares)
+    arrived = 4 * PROBES * (columns + own)
+    return held + max(8 * PROBES * columns, arrived, 4 * PROBES * own + squares)
 
 
 def largest_handful(sizes: Sequence[int], most: int) -> int:

@@ -356,10 +356,7 @@ class KBOP:
         self._pending.clear()
 
     def state_bytes(self) -> int:
-        """What the binary weights leave on this rank from step to step, bytes: bits, evidence, moments.
-
-        Projections (moments.py) do not count: they are allocated all the time, and zero then.
-        """
+        """Bytes that live between two steps on this rank because of the binary weights: bits, evidence, moments."""
         shards = self.shards.values()
         return sum(s.layer.weight.nbytes + sum(p.rows.nbytes for p in s.slices().values()) for s in shards)
 

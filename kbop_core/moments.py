@@ -40,20 +40,36 @@ def mean_squares(sketch_RP: Tensor, over: Tensor | float) -> Tensor:
 class Moments:
     """r of one rank's rows and c of one layer, with the projections of the step that is under way.
 
+    Args:
+        rows: this rank's rows of the layer.
+        width, height: I and O.
+        device: of the tensors.
+
     Attributes:
         row: r, float32 (R,), mean square of the gradient over each of this rank's rows.
         column: c, float32 (I,), over each column, equal on all ranks.
-        row_sketch: float32 (R, PROBES), sum of g Ω over the micro-steps so far.
-        column_sketch: float32 (PROBES, I), this rank's part of Ωᵀ g.
     """
 
     def __init__(self, rows: slice, width: int, height: int, device: torch.device) -> None:
         self.rows, self.height, self.width = rows, height, width
-        count = rows.stop - rows.start
-        self.row = torch.zeros(count, dtype=torch.float32, device=device)
+        self.row = torch.zeros(rows.stop - rows.start, dtype=torch.float32, device=device)
         self.column = torch.zeros(width, dtype=torch.float32, device=device)
-        self.row_sketch = torch.zeros(count, PROBES, dtype=torch.float32, device=device)
-        self.column_sketch = torch.zeros(PROBES, width, dtype=torch.float32, device=device)
+        self._sketches: tuple[Tensor, Tensor] | None = None  # between two steps there are none
+
+    def _begun(self) -> tuple[Tensor, Tensor]:
+        if self._sketches is None:
+            self._sketches = self.row.new_zeros(len(self.row), PROBES), self.row.new_zeros(PROBES, self.width)
+        return self._sketches
+
+    @property
+    def row_sketch(self) -> Tensor:
+        """Sum of g Ω over the micro-steps so far, float32 (R, PROBES)."""
+        return self._begun()[0]
+
+    @property
+    def column_sketch(self) -> Tensor:
+        """This rank's part of Ωᵀ g, float32 (PROBES, I)."""
+        return self._begun()[1]
 
     def project(self, gradient_RI: Tensor, probes: Tensor) -> None:
         """Take in one micro-step's gradient of this rank's rows, float32, summed over ranks."""
@@ -74,6 +90,5 @@ class Moments:
         self.forget()
 
     def forget(self) -> None:
-        """Drop the projections of a step that is not finished."""
-        self.row_sketch.zero_()
-        self.column_sketch.zero_()
+        """Drop the projections: of a step that was folded in, or of one that is not finished."""
+        self._sketches = None

@@ -226,7 +226,9 @@ def test_backward_through_a_layer_holds_what_is_planned(evidence: Any, dtype: to
     layers = binary_layers(student("llama", 1, dtype))
     planned = plan(evidence=evidence, device=device)
     layer = layers[planned.largest.name]
-    KBOP(layers, FlipSchedule(0.01, 9, 1), evidence=evidence)
+    made_here = KBOP(layers, FlipSchedule(0.01, 9, 1), evidence=evidence)
+    for one in made_here.shards.values():  # a step is under way: there are projections
+        one.moments.project(torch.zeros(len(one.moments.row), one.moments.width), made_here._probes)
     y = layer(torch.randn(BATCH, CONTEXT, layer.in_features, dtype=dtype, requires_grad=True))
     counted = allocated_by if device == "cpu" else made_by
     made = counted(lambda: y.backward(torch.ones_like(y)))
